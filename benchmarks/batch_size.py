@@ -202,7 +202,7 @@ class Runner:
         self.tokenizer = load_tokenizer(config.model)
         self.data = load_data(config, self.tokenizer)
         self.device = torch.device("cpu")
-        self.precision = choose_precision(config, self.device)
+        self.precision = choose_precision(config.model, self.device)
         self.model = load_model(config.model, self.device, precision=self.precision)
         self.start = {name: value.detach().clone() for name, value in self.trained()}
 

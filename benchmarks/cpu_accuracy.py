@@ -142,9 +142,12 @@ def measure_here(setting: Setting) -> dict[str, Any]:
         load_tokenizer(config.model)
     before, files_before = program_bytes(device), psutil.Process().memory_info().shared
     model = load_model(
-        config.model, device, precision=choose_precision(config, device), seed=config.train.seed
+        config.model,
+        device,
+        precision=choose_precision(config.model, device),
+        seed=config.train.seed,
     )
-    setup = assemble(model, config, device=device, precision=choose_precision(config, device))
+    setup = assemble(model, config, device=device, precision=choose_precision(config.model, device))
     generator = np.random.default_rng(0)
     weights = np.ones(setting.length, np.float32)
     weights[0] = 0

@@ -24,14 +24,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from fitune.config import RunConfig, read_config
 from fitune.machine.cards import Device
 from fitune.machine.devices import find_device, this_machine
 from fitune.planning.predict import RunPrediction, predict_run
-from fitune.trace.difference import first_difference, num_births
 from fitune.trace.own_step import Pass
 from fitune.trace.snapshot import read_snapshot
 from fitune.units import GIB
+from rehearsal.difference import first_difference, num_births
 
 RESULTS = Path(__file__).parent / "results" / "gpu_accuracy.json"
 SMALLEST_GIB = 7.5
@@ -195,7 +197,7 @@ def measure_here(setting: Setting, device: Device, path: Path) -> Measured:
     card = torch.device("cuda", 0)
     free_before, _ = torch.cuda.mem_get_info(card)
     config = setting.config(device)
-    precision = choose_precision(config, card)
+    precision = choose_precision(config.model, card)
     model = load_model(config.model, card, precision=precision, seed=config.train.seed)
     setup = assemble(model, config, device=card, precision=precision)
     generator = np.random.default_rng(0)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head
-from fitune.objectives.supervised import CHUNK_TOKENS, chunk_slices, chunked_cross_entropy
+from fitune.objectives.objective import CHUNK_TOKENS, Chunking
+from fitune.objectives.supervised import chunked_cross_entropy
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 
@@ -91,7 +92,7 @@ def full(case: Case) -> Tensor:
 
 def fitune(case: Case) -> Tensor:
     head = Head(nn.Identity(), case.output, 1.0, None)
-    chunks = chunk_slices(len(case.hidden_ND), CHUNK_TOKENS)
+    chunks = Chunking(CHUNK_TOKENS).slices(len(case.hidden_ND))
     return chunked_cross_entropy(case.hidden_ND, head, case.micro_batch, chunks=chunks)
 
 

@@ -33,7 +33,7 @@ STEP = StepMetrics(
 
 def measure(*, num_samples: int, num_steps: int) -> dict[str, float]:
     config = read_config(CONFIG).config
-    precision = choose_precision(config, CPU)
+    precision = choose_precision(config.model, CPU)
     setup = assemble(
         load_model(config.model, CPU, precision=precision), config, device=CPU, precision=precision
     )

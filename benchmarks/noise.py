@@ -24,7 +24,7 @@ from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.load import load_model
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import Supervised
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings, train_step
 
@@ -42,7 +42,7 @@ def main() -> None:
     model = load_model(ModelConfig(source=str(smollm2_file())), device)
     optimizer = build_optimizer(model, OptimConfig(), lr=1e-6, device=device)
     head = decoder_and_head(model)
-    settings = StepSettings(LossSettings(head if isinstance(head, Head) else None))
+    settings = StepSettings(Supervised(head if isinstance(head, Head) else None))
     micro_batches = [micro_batch(number, num_tokens) for number in range(num_micro)]
     train_step(model, optimizer, micro_batches, settings=settings)  # the optimizer's state is made
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -270,7 +270,7 @@ def benchmark(
         write_model(directory, config)
         write_rows(directory / "rows.jsonl", config.vocab_size - 3)
         whole = read_config(settings(directory)).config
-        plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole))
+        plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole.data))
         _, free_run = train(directory, "free", "train.steps=1")
         program = json.loads((free_run / "plan.json").read_text())["device"]["context_bytes"]
         measured = measure(plan, whole, program, num_rounds=num_rounds, num_pairs=num_pairs)

@@ -33,8 +33,8 @@ from fitune.model.lora import apply_lora
 from fitune.model.packed_attention import attention_name
 from fitune.model.precision import resolve_precision
 from fitune.model.presets import llama_config
-from fitune.objectives.supervised import LossSettings
-from fitune.recovery.observed import observed, room_bytes
+from fitune.objectives.supervised import Supervised
+from fitune.recovery.observed import allocatable_bytes, observed
 from fitune.recovery.protection import Protection
 from fitune.recovery.size_control import MemoryModel, choose_size
 from fitune.recovery.step import safe_step
@@ -67,7 +67,7 @@ def compare(
 ) -> Cost:
     head = decoder_and_head(model)
     assert isinstance(head, Head)
-    settings = StepSettings(LossSettings(head), commit=commit)
+    settings = StepSettings(Supervised(head), commit=commit)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True
     )
@@ -80,7 +80,7 @@ def compare(
         train_step(model, optimizer, micro_batches, settings=settings)
 
     def safe() -> None:
-        free_bytes = room_bytes(CPU)
+        free_bytes = allocatable_bytes(CPU)
         choose_size(memory, free_bytes)
         observed(
             memory,

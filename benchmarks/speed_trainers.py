@@ -161,7 +161,7 @@ class _Clock:
 
 def run_fitune(task: Task, rows: Sequence[Row], *, recompute: str = "off") -> Outcome:
     config = task_config(task, recompute=recompute)
-    precision = choose_precision(config, CPU)
+    precision = choose_precision(config.model, CPU)
     model = load_model(config.model, CPU, precision=precision).train()
     clock, losses = _Clock(), []
     setup = assemble(model, config, device=CPU, precision=precision)
@@ -270,7 +270,9 @@ TRAINERS: dict[str, Callable[[Task, Sequence[Row]], Outcome]] = {
 def _plain_model(task: Task) -> Any:
     """The same weights with transformers' own attention."""
     config = task_config(task)
-    model: Any = load_model(config.model, CPU, precision=choose_precision(config, CPU)).train()
+    model: Any = load_model(
+        config.model, CPU, precision=choose_precision(config.model, CPU)
+    ).train()
     model.set_attn_implementation("sdpa")
     return model
 

@@ -29,6 +29,7 @@ from torch import nn
 from fitune.data.batches import prefetch
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import load_model
+from fitune.objectives.supervised import Supervised
 from fitune.step import work as step_module
 from fitune.step.assemble import Setup, assemble, choose_precision
 from speed_trainers import CPU, Task, dialogue_rows, task_config
@@ -66,7 +67,7 @@ class Where:
 
 def measure(task: Task) -> Where:
     config = task_config(task)
-    precision = choose_precision(config, CPU)
+    precision = choose_precision(config.model, CPU)
     model = load_model(config.model, CPU, precision=precision).train()
     setup = assemble(model, config, device=CPU, precision=precision)
     batches = list(_batches(dialogue_rows(task), task.rows_per_step))
@@ -174,7 +175,7 @@ def _among_probes(setup: Setup, batches: Sequence[Batch]) -> tuple[float, float]
         return call
 
     with ExitStack() as stack:
-        for place, name in ((step_module, "token_loss_sum"), (torch.autograd, "backward")):
+        for place, name in ((Supervised, "loss_sum"), (torch.autograd, "backward")):
             stack.enter_context(patch.object(place, name, after_a_probe(getattr(place, name))))
         for batch in batches:
             rates.clear()
@@ -205,7 +206,7 @@ def _timed_parts(setup: Setup, seconds: dict[str, float]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for part, place, name in (
-            ("forward", step_module, "token_loss_sum"),
+            ("forward", Supervised, "loss_sum"),
             ("backward", torch.autograd, "backward"),
             ("clip", nn.utils, "clip_grad_norm_"),
             ("optimizer", setup.optimizer, "step"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fitune.allocator.rules import MIN_BLOCK_BYTES
 from fitune.recorder.events import MemoryEvent, MemoryTrace
-from fitune.trace.difference import first_difference, num_births
+from rehearsal.difference import first_difference, num_births
 
 MOST_LINES = 6
 """Sizes that are named of each kind of difference."""

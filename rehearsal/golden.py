@@ -25,8 +25,8 @@ from unittest.mock import patch
 
 from fitune.recorder import cuda_target
 from fitune.recorder.events import MemoryEvent, MemoryTrace
-from fitune.trace.difference import first_difference
 from rehearsal.cases import CARDS, LoopCase, StepCase, golden_cases
+from rehearsal.difference import first_difference
 from rehearsal.predicted import recorded_case
 from rehearsal.rows import ROOT
 

@@ -80,7 +80,9 @@ def recorded_case(
     if isinstance(case, LoopCase):
         return predicted_loop(case, gpu=gpu, num_steps=num_steps)[1]
     config = config_of(case, directory)
-    return record_step(config, passes_of(case), target=cuda_target(config, find_device(gpu))).trace
+    return record_step(
+        config, passes_of(case), target=cuda_target(config.model, find_device(gpu))
+    ).trace
 
 
 @contextmanager

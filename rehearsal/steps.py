@@ -22,7 +22,7 @@ def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
     ):  # a run sets PYTORCH_ALLOC_CONF before CUDA starts, and here it has started
         torch._C._accelerator_setAllocatorSettings(config.memory.allocator)
     card = torch.device("cuda", 0)
-    precision = choose_precision(config, card)
+    precision = choose_precision(config.model, card)
     model: Any = load_model(config.model, card, precision=precision, seed=config.train.seed)
     setup = assemble(model, config, device=card, precision=precision)
     batch = batch_of(case.rows, model.config.vocab_size)

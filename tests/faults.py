@@ -57,13 +57,13 @@ def failing(model: nn.Module, place: str, *calls: int, **options: Any) -> Iterat
             stack.callback(handle.remove)
         else:
             target, name, before = {
-                "loss": ("fitune.step.work", "token_loss_sum", False),
+                "loss": ("fitune.objectives.supervised.Supervised", "loss_sum", False),
                 "after backward": ("fitune.step.step", "backward", False),
                 "commit": ("fitune.step.gradients.CommitBuffer", "add", True),
                 "sum": ("fitune.step.gradients.CommitBuffer", "filled", True),
                 "clip": ("torch.nn.utils", "clip_grad_norm_", True),
                 "update": ("torch.optim.AdamW", "step", False),
-                "evaluation": ("fitune.step.evaluate", "losses_and_correct", False),
+                "evaluation": ("fitune.objectives.supervised.Supervised", "evaluate", False),
             }[place]
             stack.enter_context(_patched(f"{target}.{name}", fault, before=before))
         yield fault

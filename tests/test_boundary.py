@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import fitune
-from fitune.boundary import parse_json, told_as
+from fitune.boundary import parse_json, raised_as
 from fitune.cli.app import main
 from fitune.errors import DataError, FituneError, OutOfMemoryError, UnexpectedError
 
@@ -73,10 +73,10 @@ def test_an_interrupt_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_parser_says_what_it_was_given() -> None:
     with (
         pytest.raises(DataError, match=r"a\.x cannot be read \(KeyError: 'x'\); mend it"),
-        told_as(DataError, "a.x cannot be read", "mend it"),
+        raised_as(DataError, "a.x cannot be read", "mend it"),
     ):
         failing(KeyError("x"))
-    with pytest.raises(OutOfMemoryError), told_as(DataError, "a", "b"):
+    with pytest.raises(OutOfMemoryError), raised_as(DataError, "a", "b"):
         failing(OutOfMemoryError("ours"))
 
 

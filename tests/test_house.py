@@ -217,12 +217,25 @@ def measures() -> dict[str, int]:
         "functions_with_mccabe_over_10": found["C901"],
         "functions_with_more_than_6_parameters": found["PLR0913"],
         "imports_inside_functions": found["PLC0415"],
+        "functions_that_take_the_configuration": sum(map(_takes_configuration, _functions())),
+        "modules_that_know_the_configuration": sum("RunConfig" in text for text in texts),
         "any_in_annotations": sum(
             isinstance(node, ast.Name) and node.id == "Any"
             for path in MODULES
             for node in ast.walk(tree(path))
         ),
     }
+
+
+def _functions() -> Iterator[ast.FunctionDef]:
+    for path in MODULES:
+        yield from (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef))
+
+
+def _takes_configuration(function: ast.FunctionDef) -> bool:
+    """Whether it takes a whole RunConfig, where most functions need one section or two values of it."""
+    arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+    return any("RunConfig" in ast.unparse(each.annotation) for each in arguments if each.annotation)
 
 
 def _num_tokens(path: Path) -> int:
@@ -263,7 +276,7 @@ def _ruff() -> Counter[str]:
 
 if __name__ == "__main__":
     now = measures()
-    before = tomllib.loads(CEILINGS.read_text()) if CEILINGS.exists() else now
+    before = now | (tomllib.loads(CEILINGS.read_text()) if CEILINGS.exists() else {})
     lines = [f"{key} = {min(value, before[key])}" for key, value in now.items()]
     CEILINGS.write_text(
         "# What tests/test_house.py measures; each may only fall.\n" + "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ from fitune.model.head import decoder_and_head
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.packed_attention import attention_name
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import Supervised
 from fitune.step.work import StepSettings
 from tiny_models import TINY
 
@@ -72,7 +72,7 @@ def make_model(family: str = "llama", *, tied: bool = True, lora: bool = False) 
 def settings_for(model: nn.Module, loss: str, clip: float = 0.0) -> StepSettings:
     head = decoder_and_head(model) if loss == "chunked" else None
     assert not isinstance(head, str), head
-    return StepSettings(LossSettings(head, chunk_tokens=8), clip)
+    return StepSettings(Supervised(head, chunk_tokens=8), clip)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -118,7 +118,7 @@ def fitune_step(
             model.config().save_pretrained(directory)
             tree["model"]["source"] = directory
         config = read_config(tree, list(options)).config
-        precision = choose_precision(config, card)
+        precision = choose_precision(config.model, card)
         loaded = load_model(config.model, card, precision=precision, seed=0)
     setup = assemble(loaded, config, device=card, precision=precision)
     batch = Batch(tuple(_fitune_row(number, row) for number, row in enumerate(rows())))

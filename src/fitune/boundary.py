@@ -1,13 +1,13 @@
 """Turns exceptions of other libraries into a FituneError with one message.
 
-    with told_as(ModelError, "w.pth cannot be read as weights", "copy it again"):
+    with raised_as(ModelError, "w.pth cannot be read as weights", "copy it again"):
         around a parser
     @bounded("fitune.plan")
         around a public function
     unexpected(error, doing)
         for the command line
 
-`told_as` gives the true cause, because a parser's caller knows what was parsed. The other two are
+`raised_as` gives the true cause, because a parser's caller knows what was parsed. The other two are
 for exceptions that nobody expected: they give the class, the place, what was being done, and what
 the user can do. FITUNE_DEBUG=1 shows the traceback.
 """
@@ -35,7 +35,7 @@ _MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 
 
 @contextmanager
-def told_as(kind: type[FituneError], what: str, way_out: str) -> Iterator[None]:
+def raised_as(kind: type[FituneError], what: str, way_out: str) -> Iterator[None]:
     """Raise a `kind` for any exception in this block: "what (cause); way_out".
 
     A FituneError, and exceptions that end the process, pass unchanged.

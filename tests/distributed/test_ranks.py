@@ -21,8 +21,8 @@ from disturbed_run import weights, write_run
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
-from fitune.data.deal import deal
 from fitune.data.rows import Batch, Row
+from fitune.data.split_by_rank import split_by_rank
 from fitune.errors import ModelError
 from fitune.recovery import guard
 from fitune.run.directory import RunDirectory, read_run
@@ -176,7 +176,7 @@ def test_every_row_is_dealt_once_and_no_part_is_heavier_than_the_mean_and_a_row(
     rows = tuple(
         Row(number, *(2 * [torch.zeros(length).numpy()])) for number, length in enumerate(lengths)
     )
-    parts = deal(Batch(rows), size)
+    parts = split_by_rank(Batch(rows), size)
     assert len(parts) == size
     assert sorted(row for part in parts for row in part.row_ids) == list(range(len(rows)))
     assert all(list(part.row_ids) == sorted(part.row_ids) for part in parts)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,9 +13,9 @@ from torch import nn
 from faults import failing, failing_call
 from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.config import LoraConfig, Recompute
-from fitune.data.deal import deal
 from fitune.data.packing import lay_out, split
 from fitune.data.rows import Batch, MicroBatch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.distributed.processes import Ranks, joined
 from fitune.distributed.sharding import Shards, local, shard_model
 from fitune.errors import FituneError, OutOfMemoryError
@@ -22,6 +23,7 @@ from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.packed_attention import attention_name
 from fitune.model.recompute import set_recompute
+from fitune.objectives.supervised import Supervised
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import SafeResult, safe_step
@@ -149,13 +151,17 @@ def settings(model: nn.Module, case: Case) -> StepSettings:
     return replace(settings_for(model, case.loss, clip=case.clip), autocast=autocast)
 
 
+def idle(packed: bool) -> MicroBatch:
+    return lay_out([Supervised().made_up_row(0, np.array([1, 2]), 0)], packed=packed)
+
+
 def protect(
     case: Case, ranks: Ranks | None = None
 ) -> tuple[Protection[MicroBatch], Whole, Shards | None]:
     model = make(case)
     step_settings = settings(model, case)
     if ranks is not None:
-        shards = shard_model(model, ranks, device=torch.device("cpu"), packed=case.packed)
+        shards = shard_model(model, ranks, device=torch.device("cpu"), idle=idle(case.packed))
         step_settings = replace(step_settings, shards=shards)
     optimizer = Whole([p for p in model.parameters() if p.requires_grad])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if case.scaled else None
@@ -209,7 +215,7 @@ def evaluated(ranks: Ranks) -> Any:
             model,
             parts_of(Case(rows=(1, 7)))[ranks.rank],
             settings=replace(settings_for(model, "chunked"), shards=shards),
-            room=lambda: None,
+            query_free_bytes=lambda: None,
             shards=shards,
         )
     return found, all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
@@ -231,7 +237,7 @@ def sentence(ranks: Ranks, place: str, error: Any) -> str:
                 peers=ShardedModel(shards, ranks, BATCH.loss_weight),
             )
     except Exception as found:
-        ranks.tell(found)
+        ranks.send_error(found)
         return f"{type(found).__name__}: {found}"
     return "nothing"
 
@@ -241,7 +247,7 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
     model = make(CASES["untied"])
     step_settings = settings(model, CASES["untied"])
     shards = (
-        shard_model(model, ranks, device=torch.device("cpu"), packed=True)
+        shard_model(model, ranks, device=torch.device("cpu"), idle=idle(packed=True))
         if ranks.size > 1
         else None
     )
@@ -250,7 +256,7 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
     work = micro_batch_work(model, optimizer, replace(step_settings, clip=1.0, shards=shards))
     protection = Protection(work=work)
     for step in range(3):
-        pieces = split(deal(BATCH, ranks.size)[ranks.rank], packed=True, micro_rows=2)
+        pieces = split(split_by_rank(BATCH, ranks.size)[ranks.rank], packed=True, micro_rows=2)
         peers = ALONE if shards is None else ShardedModel(shards, ranks, BATCH.loss_weight)
         safe_step(protection, pieces, step=step, peers=peers)
     held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
@@ -301,7 +307,7 @@ def overflown(ranks: Ranks) -> tuple[bool, float, bool]:
 
 
 def parts_of(case: Case) -> list[list[MicroBatch]]:
-    parts = zip(deal(case.batch, 2), case.rows, strict=True)
+    parts = zip(split_by_rank(case.batch, 2), case.rows, strict=True)
     return [split(part, packed=case.packed, micro_rows=rows) for part, rows in parts]
 
 
@@ -380,7 +386,7 @@ def test_an_evaluation_that_fails_in_one_process_is_that_of_all_rows(
             model,
             parts_of(Case(rows=(1, 7)))[rank],
             settings=settings_for(model, "chunked"),
-            room=lambda: None,
+            query_free_bytes=lambda: None,
         ).result
         assert found.result.row_ids == expected.row_ids
         assert found.result.row_losses == pytest.approx(expected.row_losses, rel=1e-5)

@@ -11,9 +11,9 @@ import torch
 from faults import failing, out_of_memory
 from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.config import Recompute
-from fitune.data.deal import deal
 from fitune.data.packing import lay_out, split
 from fitune.data.rows import Batch, MicroBatch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.data.unpacking import without_rows
 from fitune.distributed.processes import joined
 from fitune.model.recompute import set_recompute
@@ -168,7 +168,7 @@ def be_rank(place: Path) -> int:
 
 
 def parts_of(case: Case) -> list[list[MicroBatch]]:
-    parts = zip(deal(case.batch, 2), case.rows, strict=True)
+    parts = zip(split_by_rank(case.batch, 2), case.rows, strict=True)
     return [split(part, packed=case.packed, micro_rows=rows) for part, rows in parts]
 
 

@@ -25,7 +25,7 @@ from fitune.recorder.record import RecordSettings, _collected_at_step_ends, reco
 from fitune.recorder.recorder import Recorder
 from fitune.recorder.recording import to_trace
 from fitune.recorder.shape_cache import ShapeMemory
-from fitune.trace.difference import first_difference
+from rehearsal.difference import first_difference
 from tiny_models import TINY, TINY_GPT2
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer, tiny_model
 

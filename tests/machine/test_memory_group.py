@@ -13,7 +13,7 @@ import second_process
 from fitune.machine import devices
 from fitune.machine.devices import cpu_device
 from fitune.machine.process_memory import refusing, resident_free_in_heap
-from fitune.recovery.observed import room_bytes
+from fitune.recovery.observed import allocatable_bytes
 from fitune.units import MIB
 from memory_group import MemoryGroup, NoControlGroupError, memory_group
 
@@ -120,7 +120,7 @@ def test_what_is_free_follows_the_files_of_the_control_group(
     (tmp_path / "memory.max").write_text(f"{900 * MIB}\n")
     for used in (300, 800, 300):
         (tmp_path / "memory.current").write_text(f"{used * MIB}\n")
-        room = room_bytes(CPU)
+        room = allocatable_bytes(CPU)
         assert room is not None
         assert room == pytest.approx((900 - used) * MIB + resident_free_in_heap(), abs=MIB)
 

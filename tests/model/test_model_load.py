@@ -396,7 +396,7 @@ def test_a_part_of_a_layer_that_the_architecture_lacks_is_refused(
 def test_what_is_besides_the_layers_is_left_out_and_told(name: str, directory: Path) -> None:
     add_tensor(directory, name)
     told: list[str] = []
-    load_model(ModelConfig(source=str(directory)), CPU, tell=told.append)
+    load_model(ModelConfig(source=str(directory)), CPU, notify=told.append)
     (sentence,) = told
     assert f"1 tensors that its architecture has no place for ({name}): left out" in sentence
 
@@ -407,7 +407,7 @@ def test_what_is_besides_the_layers_is_left_out_and_told(name: str, directory: P
 def test_tensors_that_a_model_computes_are_passed_over(name: str, directory: Path) -> None:
     add_tensor(directory, name)
     told: list[str] = []
-    load_model(ModelConfig(source=str(directory)), CPU, tell=told.append)
+    load_model(ModelConfig(source=str(directory)), CPU, notify=told.append)
     assert not told
 
 

@@ -146,7 +146,7 @@ def test_the_arithmetic_allocates_what_the_library_does(
     )  # an embedding in 8 bits
     wide.save_pretrained(directory)
     config = make_run(directory, *overrides)
-    rows = longest_rows(config, num_rows=4)
+    rows = longest_rows(config.data.max_length, num_rows=4)
     passes = [Pass("train", rows), Pass("train", rows)]
     fake = record_step(config, passes, target=None)
     real = record_step(config, passes, target=None, mode="real")
@@ -231,7 +231,7 @@ def test_the_arithmetic_of_experts_allocates_what_the_library_does(
     pytest.importorskip("bitsandbytes")
     TINY[name].save_pretrained(tmp_path / "model")
     config = make_run(tmp_path / "model", "model.method=qlora")
-    rows = longest_rows(config, num_rows=4)
+    rows = longest_rows(config.data.max_length, num_rows=4)
     fake, real = (
         record_step(config, [Pass("train", rows)], target=None, mode=mode)
         for mode in ("fake", "real")

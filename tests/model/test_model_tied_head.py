@@ -63,7 +63,7 @@ def test_one_matrix_of_the_vocabulary_is_made_in_a_micro_batch(tmp_path: Path) -
         "batch": {"micro": 2, "accumulation": 3},
     }
     config = read_config(tree).config
-    rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+    rows = longest_rows(config.data.max_length, num_rows=config.batch.rows_per_step)
     trace = record_step(config, [Pass("train", rows, most_micro_batches=3)], target=None).trace
     matrix_bytes = TINY["llama"].vocab_size * TINY["llama"].hidden_size * 4
     made = [

@@ -183,10 +183,18 @@ class Drawn:
 
     def __init__(self, figures: list[tuple[float, int]], limit_bytes: int) -> None:
         self.config = config({"model": {"source": "none"}, **REST})
-        self.lengths = uniform_lengths(self.config)
-        self.limits = replace(find_limits(self.config, gpu="RTX 4090"), budget_bytes=limit_bytes)
+        self.lengths = uniform_lengths(self.config.data)
+        self.limits = replace(
+            find_limits(self.config.memory, gpu="RTX 4090"), budget_bytes=limit_bytes
+        )
         same = list(same_choices(self.config, self.lengths, on_card=True))
-        self.figures = dict(zip([*same, *host_choices(self.config, same)], figures, strict=False))
+        self.figures = dict(
+            zip(
+                [*same, *host_choices(self.config.model, self.config.optim, same)],
+                figures,
+                strict=False,
+            )
+        )
 
     def forecast(self, choice: Choice) -> Any:
         fits = self.figures[choice][1] <= self.limits.limit_bytes
@@ -302,7 +310,7 @@ def tight(heavy: RunConfig) -> MemoryLimits:
         each.optimizer for each in roomy.candidates
     }  # none of them would be faster
     least = min(each.predicted_device_bytes for each in roomy.candidates if each.result == "same")
-    return replace(find_limits(heavy, gpu="RTX 4090"), budget_bytes=least - 2**23)
+    return replace(find_limits(heavy.memory, gpu="RTX 4090"), budget_bytes=least - 2**23)
 
 
 @pytest.mark.parametrize("search", ["all", "brief", "fastest"])
@@ -362,7 +370,7 @@ def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(
     )
     assert not any(
         choice.offloads
-        for choice in same_choices(config(tree), uniform_lengths(forced), on_card=False)
+        for choice in same_choices(config(tree), uniform_lengths(forced.data), on_card=False)
     )
 
 
@@ -734,13 +742,13 @@ def test_a_list_of_splits_that_cannot_be_read_is_refused(
 
 
 def test_memory_that_others_hold_is_no_part_of_the_limit(tree: dict[str, Any]) -> None:
-    limits = find_limits(config(tree, "memory.budget=20GiB"), gpu="RTX 4090")
+    limits = find_limits(config(tree, "memory.budget=20GiB").memory, gpu="RTX 4090")
     taken = replace(limits, device=replace(find_device("RTX 4090"), free_bytes=5 * 2**30))
     assert taken.limit_bytes == 5 * 2**30
 
 
 def test_without_data_every_row_is_as_long_as_the_longest(tree: dict[str, Any]) -> None:
-    assert uniform_lengths(config(tree)).sample_tokens == (1024,)
+    assert uniform_lengths(config(tree).data).sample_tokens == (1024,)
 
 
 FORCED = ("batch.micro=2", "model.recompute=off", "loss=chunked", "optim.name=sgd")

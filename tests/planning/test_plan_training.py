@@ -152,7 +152,14 @@ def test_it_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows_said(num_rows: int, num_held_out: int, *overrides: str) -> list[str]:
     config = read_config(None, ["model.source=m", "data.train=a", *overrides]).config
-    return list(rows_notes(config, num_rows=num_rows, num_held_out=num_held_out))
+    return list(
+        rows_notes(
+            num_rows=num_rows,
+            num_held_out=num_held_out,
+            rows_per_step=config.batch.rows_per_step,
+            is_split=config.data.eval is None,
+        )
+    )
 
 
 def test_a_batch_of_more_rows_than_there_are_is_said() -> None:

@@ -20,7 +20,7 @@ from fitune.data.rows import MicroBatch
 from fitune.errors import UsageError
 from fitune.model.packed_attention import attention_name
 from fitune.model.presets import llama_config
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import Supervised
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import ROUTED
 from fitune.recorder.record import Build, RecordSettings, record_loop
@@ -154,7 +154,7 @@ def own_loop(lengths: tuple[int, ...]) -> Callable[[nn.Module, torch.device], Ca
         optimizer = build_optimizer(model, OptimConfig(), lr=1e-4, device=torch.device("cuda"))
         micro_batches = [packed(device, lengths), packed(device, lengths)]
         return lambda: train_step(
-            model, optimizer, micro_batches, settings=StepSettings(LossSettings())
+            model, optimizer, micro_batches, settings=StepSettings(Supervised())
         )
 
     return loop

@@ -49,7 +49,7 @@ def configured(directory: Path, *overrides: str) -> RunConfig:
 
 
 def passes(config: RunConfig) -> list[Pass]:
-    rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+    rows = longest_rows(config.data.max_length, num_rows=config.batch.rows_per_step)
     evaluation = Pass("eval", rows[: config.batch.micro], most_micro_batches=1)
     return steady_passes(config.optim, Pass("train", rows), evaluation=evaluation)
 

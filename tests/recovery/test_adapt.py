@@ -10,8 +10,8 @@ import pytest
 from fitune.recovery.size_control import (
     CLEAN_STEPS,
     FIRST_BAN_STEPS,
+    LEVEL_RATIO,
     LONGEST_BAN_STEPS,
-    RUNG,
     MemoryModel,
     Observation,
     choose_size,
@@ -72,7 +72,7 @@ def simulate(memory: Memory, num_steps: int, *, highest: int = 0) -> Outcome:
             failed, size, num_retries = size, size // 2, num_retries + 1
         num_retried += num_retries > 0
         most_retries = max(most_retries, num_retries)
-        used += min(size / min(PLANNED * RUNG**highest, (free - FIXED) / PER_POSITION), 1)
+        used += min(size / min(PLANNED * LEVEL_RATIO**highest, (free - FIXED) / PER_POSITION), 1)
         need_bytes = None if num_retries else int(need)
         speed = 1000 * size / (size + 3000)
         learn(model, Observation(size, need_bytes, speed, failed_size=failed, free_bytes=free))
@@ -111,7 +111,7 @@ def test_without_its_bans_the_same_memory_would_be_tried_again_and_again(
     """So the limits above can be exceeded."""
     restless = Memory(blip_chance=0.05)
     assert simulate(restless, 20_000).retried < 0.003
-    monkeypatch.setattr("fitune.recovery.size_control._ban", lambda model, rung, free_bytes: None)
+    monkeypatch.setattr("fitune.recovery.size_control._ban", lambda model, level, free_bytes: None)
     assert simulate(restless, 20_000).retried > 0.01
 
 
@@ -175,7 +175,7 @@ def test_above_the_plan_it_stops_growing_when_it_gains_no_speed() -> None:
         size = choose_size(model, 64 * GIB)
         speed = 100.0 * min(size, 2048)
         learn(model, Observation(size, FIXED + PER_POSITION * size, speed, free_bytes=64 * GIB))
-    assert model.size(model.rung) == 2896  # the first one that was not faster
+    assert model.size(model.level) == 2896  # the first one that was not faster
     assert model.highest == 3
 
 
@@ -204,3 +204,9 @@ def test_a_checkpoint_brings_all_of_it_back() -> None:
     learn(model, Observation(2048, failed_size=4096, free_bytes=5 * GIB))
     again = memory_model(json.loads(json.dumps(dataclasses.asdict(model))))
     assert again == model
+
+
+def test_a_checkpoint_of_an_earlier_version_has_its_level_under_another_name() -> None:
+    model = MemoryModel(planned=PLANNED, level=-3)
+    content = dataclasses.asdict(model)
+    assert memory_model({**content, "rung": content.pop("level")}) == model

@@ -18,14 +18,12 @@ from disturbed_run import predict_nothing
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import SMALL_CHUNK_TOKENS, Supervised
 from fitune.recovery import guard
-from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS
 from fitune.recovery.step import SafeResult, safe_step, try_pieces
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events, read_metrics, read_summary
-from fitune.step import work
 from tiny_run import (
     WIDE_VOCABULARY,
     save_tiny_model,
@@ -107,17 +105,17 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     calls = itertools.count()
 
     def set_limit(most: int, *, first: int = 0) -> None:
-        real = work.token_loss_sum
+        real = Supervised.loss_sum
 
-        def limited(model: Any, micro_batch: MicroBatch, settings: Any) -> Any:
+        def limited(objective: Supervised, model: Any, micro_batch: MicroBatch) -> Any:
             real_one = not is_fake(
                 next(model.parameters())
             )  # the prediction does the same on tensors without data
             if real_one and micro_batch.num_positions > most and next(calls) >= first:
                 raise out_of_memory()
-            return real(model, micro_batch, settings)
+            return real(objective, model, micro_batch)
 
-        monkeypatch.setattr(work, "token_loss_sum", limited)
+        monkeypatch.setattr(Supervised, "loss_sum", limited)
 
     return set_limit
 
@@ -195,19 +193,19 @@ def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(
 @pytest.fixture
 def large_loss_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Until it is undone: from the second step on, a loss in chunks of more than 32 positions finds no memory."""
-    real, guarded, steps = work.token_loss_sum, guard.safe_step, [0]
+    real, guarded, steps = Supervised.loss_sum, guard.safe_step, [0]
 
-    def limited(model: Any, micro_batch: MicroBatch, settings: LossSettings) -> Any:
-        if steps[0] >= 2 and settings.chunk_tokens > SMALL_CHUNK_TOKENS:
+    def limited(objective: Supervised, model: Any, micro_batch: MicroBatch) -> Any:
+        if steps[0] >= 2 and objective.chunk_tokens > SMALL_CHUNK_TOKENS:
             raise out_of_memory()
-        return real(model, micro_batch, settings)
+        return real(objective, model, micro_batch)
 
     def step(*arguments: Any, step: int, **options: Any) -> SafeResult:
         steps[0] = step
         return guarded(*arguments, step=step, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(work, "token_loss_sum", limited)
+        patched.setattr(Supervised, "loss_sum", limited)
         patched.setattr(guard, "safe_step", step)
         yield patched
 

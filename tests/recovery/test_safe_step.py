@@ -18,7 +18,7 @@ from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.packed_attention import attention_name
 from fitune.model.recompute import set_recompute
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import Supervised
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import SafeResult, safe_step
 from fitune.step.work import StepSettings, micro_batch_work
@@ -107,7 +107,7 @@ class Trained:
         self.gradient = torch.cat([gradient.double().flatten() for gradient in grads])
 
     def protection(self, *, commit: bool, **options: Any) -> Protection[MicroBatch]:
-        settings = StepSettings(LossSettings(), clip=1e9, commit=commit)
+        settings = StepSettings(Supervised(), clip=1e9, commit=commit)
         return Protection(
             work=micro_batch_work(self.model, self.optimizer, settings), seed=7, **options
         )

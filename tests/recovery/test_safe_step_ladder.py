@@ -14,10 +14,10 @@ from faults import failing, out_of_memory
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import OutOfMemoryError, RestartError
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import SMALL_CHUNK_TOKENS, Supervised
 from fitune.recovery.actions import MOST_ATTEMPTS
 from fitune.recovery.evaluate import safe_evaluate
-from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS, allowed_fallbacks
+from fitune.recovery.fallbacks import allowed_fallbacks
 from fitune.recovery.observed import observed
 from fitune.recovery.protection import Fallback, Protection
 from fitune.recovery.size_control import MemoryModel
@@ -70,7 +70,7 @@ def test_a_size_is_banned_with_what_was_left_for_the_step_when_it_failed(
 ) -> None:
     """Another process takes 60 MiB within the step, which itself holds 30 more for gradients when it fails."""
     batch, model = make_batch(), make_model()
-    protection = protected(model, commit=True, room=lambda: 10 * MIB)
+    protection = protected(model, commit=True, query_free_bytes=lambda: 10 * MIB)
     fails_above(protection, 45, out_of_memory)
     monkeypatch.setattr(CommitBuffer, "num_bytes", 30 * MIB)
     memory = MemoryModel(planned=80)
@@ -157,7 +157,7 @@ RECOMPUTE, OFFLOAD = "model.recompute=full", "model.offload_activations=true"
 def test_fallbacks_are_what_the_configuration_leaves_open() -> None:
     model = make_model()
     full, chunked = settings_for(model, "full"), settings_for(model, "chunked")
-    chunked = replace(chunked, loss=replace(chunked.loss, chunk_tokens=256))
+    chunked = replace(chunked, objective=replace(chunked.objective, chunk_tokens=256))
 
     def names(settings: StepSettings, recompute: Any, loss: Any) -> list[str]:
         return [
@@ -182,7 +182,7 @@ def test_fallbacks_change_no_gradient(loss: str) -> None:
     for num_failures in range(4):
         model = make_model()
         settings = settings_for(model, loss)
-        settings = replace(settings, loss=replace(settings.loss, chunk_tokens=256))
+        settings = replace(settings, objective=replace(settings.objective, chunk_tokens=256))
         capture = Capture(model.parameters())
         fallbacks = allowed_fallbacks(model, settings, recompute="auto", loss="auto")
         elsewhere = allowed_fallbacks(
@@ -228,8 +228,8 @@ def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_changes
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     protection = Protection(
-        work=micro_batch_work(model, optimizer, StepSettings(LossSettings())),
-        room=lambda: 2**20,
+        work=micro_batch_work(model, optimizer, StepSettings(Supervised())),
+        query_free_bytes=lambda: 2**20,
         way_out="give up",
     )
     fails_above(protection, 39, out_of_memory)
@@ -323,7 +323,7 @@ def test_the_machines_own_memory_running_out_stops_the_run_at_once() -> None:
 def test_an_update_that_is_torn_without_a_copy_asks_for_a_restart_from_the_checkpoint() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    protection = Protection(work=micro_batch_work(model, optimizer, StepSettings(LossSettings())))
+    protection = Protection(work=micro_batch_work(model, optimizer, StepSettings(Supervised())))
     with (
         failing(model, "update", 0),
         pytest.raises(RestartError, match="last checkpoint") as caught,
@@ -335,7 +335,7 @@ def test_an_update_that_is_torn_without_a_copy_asks_for_a_restart_from_the_check
 @pytest.mark.parametrize("place", ["clip", "update"])
 def test_what_no_smaller_piece_can_cure_is_tried_twice(place: str) -> None:
     model = make_model()
-    settings = StepSettings(LossSettings(), commit=True)
+    settings = StepSettings(Supervised(), commit=True)
     protection = Protection(
         work=micro_batch_work(model, torch.optim.AdamW(model.parameters()), settings)
     )
@@ -385,7 +385,7 @@ def test_float16_scaling_survives_a_failure_after_the_gradient_was_unscaled(comm
     for calls in ((), (0,)):
         model = make_model()
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        settings = StepSettings(LossSettings(), 1.0, torch.float16, commit=commit)
+        settings = StepSettings(Supervised(), 1.0, torch.float16, commit=commit)
         work = micro_batch_work(
             model, torch.optim.AdamW(model.parameters(), lr=0.1), settings, scaler=scaler
         )
@@ -442,9 +442,11 @@ def test_an_evaluation_has_its_own_ladder() -> None:
     settings = settings_for(model, "full")
     expected = evaluate(model, pieces(batch), settings=settings)
     with failing(model, "evaluation", 0):
-        found = safe_evaluate(model, pieces(batch), settings=settings, room=lambda: None)
+        found = safe_evaluate(
+            model, pieces(batch), settings=settings, query_free_bytes=lambda: None
+        )
     assert found.result.loss == pytest.approx(expected.loss, rel=1e-6)
-    assert found.result.num_correct == expected.num_correct
+    assert found.result.totals == expected.totals
     assert found.result.num_supervised_tokens == expected.num_supervised_tokens
     assert found.most_positions == 25
     action = "evaluated in micro-batches of at most 25 tokens with padding from now on"
@@ -458,10 +460,14 @@ def test_a_row_that_cannot_be_evaluated_is_named() -> None:
         failing(model, "evaluation", *EVERY_CALL),
         pytest.raises(OutOfMemoryError, match="sample 1"),
     ):
-        safe_evaluate(model, pieces(batch), settings=settings, room=lambda: None)
+        safe_evaluate(model, pieces(batch), settings=settings, query_free_bytes=lambda: None)
     assert model.training
     with failing(model, "evaluation", 0):
         found = safe_evaluate(
-            model, pieces(make_batch(), 1), settings=settings, room=lambda: None, quarantine=True
+            model,
+            pieces(make_batch(), 1),
+            settings=settings,
+            query_free_bytes=lambda: None,
+            quarantine=True,
         )
     assert found.left_out == (0,)

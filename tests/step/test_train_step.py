@@ -8,7 +8,7 @@ from torch import nn
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.head import Head, decoder_and_head
-from fitune.objectives.supervised import LossSettings
+from fitune.objectives.supervised import Supervised
 from fitune.step.evaluate import evaluate
 from fitune.step.step import StepResult
 from fitune.step.work import StepSettings, train_step
@@ -182,7 +182,7 @@ def test_evaluation_gives_loss_and_accuracy_of_the_plain_model_and_leaves_it_tra
         correct += int(
             ((first_choice == ids[0, 1:]) & torch.from_numpy(row.loss_weights[1:] > 0)).sum()
         )
-    assert result.num_correct == correct
+    assert result.totals == {"correct": correct}
     assert result.num_supervised_tokens == batch.num_supervised_tokens
 
 
@@ -211,7 +211,7 @@ def test_bfloat16_autocast_keeps_a_float32_loss_close_to_float32() -> None:
     head = decoder_and_head(model)
     assert isinstance(head, Head)
     capture = Capture(model.parameters())
-    settings = StepSettings(LossSettings(head, chunk_tokens=8), 0.0, torch.bfloat16)
+    settings = StepSettings(Supervised(head, chunk_tokens=8), 0.0, torch.bfloat16)
     result = train_step(model, capture, split(batch, packed=True, micro_rows=2), settings=settings)
     assert result.loss == pytest.approx(expected_loss, rel=1e-2)
     assert distance(capture.vector(), expected) < 2e-2

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.recorder.events import MemoryEvent, MemoryTrace
-from fitune.trace.difference import first_difference
+from rehearsal.difference import first_difference
 
 
 def trace(*sizes: int, step: int = 1) -> MemoryTrace:

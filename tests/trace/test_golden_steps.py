@@ -18,7 +18,7 @@ from functools import cache
 import pytest
 
 from fitune.recorder.events import MemoryTrace
-from fitune.trace.difference import first_difference
+from rehearsal.difference import first_difference
 from rehearsal.golden import DIRECTORY, SUFFIX, Golden, peaks, read_golden, record
 
 pytestmark = pytest.mark.filterwarnings(

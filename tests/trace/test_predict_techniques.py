@@ -38,7 +38,9 @@ def make_config(directory: Path, *overrides: str) -> RunConfig:
 def record(directory: Path, *overrides: str, target: CudaTarget | None = CARD) -> RecordedStep:
     config = make_config(directory, *overrides)
     return record_step(
-        config, [Pass("train", longest_rows(config, num_rows=ROWS))] * 2, target=target
+        config,
+        [Pass("train", longest_rows(config.data.max_length, num_rows=ROWS))] * 2,
+        target=target,
     )
 
 
@@ -118,7 +120,7 @@ def test_a_row_that_is_attended_to_in_pieces_has_the_same_peak_on_fake_tensors(
     directory: Path,
 ) -> None:
     config = make_config(directory, "data.max_length=256")
-    passes = [Pass("train", longest_rows(config, num_rows=ROWS))] * 2
+    passes = [Pass("train", longest_rows(config.data.max_length, num_rows=ROWS))] * 2
     fake, real = (record_step(config, passes, target=None, mode=mode) for mode in ("fake", "real"))
     assert (
         timeline(fake.trace).last_step_peak.num_bytes

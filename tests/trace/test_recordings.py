@@ -79,7 +79,7 @@ def make_config(
 
 
 def passes(config: RunConfig) -> list[Pass]:
-    rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+    rows = longest_rows(config.data.max_length, num_rows=config.batch.rows_per_step)
     return around(config, Pass("train", rows))
 
 
@@ -297,7 +297,7 @@ def test_a_step_that_leaves_something_is_not_repeated(
     """The optimizer allocates its state in the first update, so the second step differs."""
 
     def two_steps(config: RunConfig) -> list[Pass]:
-        rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+        rows = longest_rows(config.data.max_length, num_rows=config.batch.rows_per_step)
         return [Pass("state"), Pass("train", rows), Pass("train", rows)]
 
     for name, times in (("adamw_8bit", 2), ("adamw", 1)):
@@ -309,7 +309,7 @@ def test_a_step_that_leaves_something_is_not_repeated(
 
 def largest_micro_batch(config: RunConfig) -> list[Pass]:
     """Return the same passes for one micro-batch and for two, as a plan does."""
-    micro = longest_rows(config, num_rows=config.batch.micro or 0)
+    micro = longest_rows(config.data.max_length, num_rows=config.batch.micro or 0)
     return around(config, Pass("train", micro * (config.batch.accumulation or 1)))
 
 

@@ -31,7 +31,7 @@ def make_config(directory: Path, *overrides: str) -> RunConfig:
 
 
 def passes(config: RunConfig) -> list[Pass]:
-    rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+    rows = longest_rows(config.data.max_length, num_rows=config.batch.rows_per_step)
     return [Pass("train", rows), Pass("eval", rows), Pass("train", rows)]
 
 

@@ -66,7 +66,7 @@ def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def monitored(place: Path) -> tuple[RunConfig, Any, RunDirectory]:
     config = read_config(place).config
-    precision = choose_precision(config, CPU)
+    precision = choose_precision(config.model, CPU)
     setup = assemble(
         load_model(config.model, CPU, precision=precision), config, device=CPU, precision=precision
     )

@@ -16,7 +16,7 @@ noisy gradient is smaller.
 import math
 from dataclasses import asdict, dataclass, replace
 
-from fitune.config import OptimConfig, RunConfig, Scaling
+from fitune.config import Method, OptimConfig, Scaling
 from fitune.optimizers.table import OPTIMIZERS
 
 #: LoRA needs about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without
@@ -40,8 +40,9 @@ class OptimSettings:
     clip: float
 
 
-def configured_lr(config: RunConfig) -> float:
-    return DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
+def configured_lr(optim: OptimConfig, method: Method) -> float:
+    """Return optim.lr, for which auto is a default of the method."""
+    return DEFAULT_LR[method] if optim.lr == "auto" else optim.lr
 
 
 def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from fitune.config import ResolvedConfig, RunConfig, read_config
+from fitune.config import ResolvedConfig, read_config
 from fitune.errors import ConfigError, RunDirectoryError
 
 ConfigArguments = Annotated[
@@ -111,19 +111,6 @@ def _overrides(flags: ConfigFlags) -> Iterator[str]:
             yield f"{_KEYS[field.name]}={json.dumps(value if len(value) > 1 else value[0])}"
         elif value is not None and value != ():
             yield f"{_KEYS[field.name]}={value}"
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Check that the model and the data exist, without imports that take seconds.
-
-    Raises ModelError or DataError if they do not.
-    """
-    from fitune.data.files import check_files
-    from fitune.model.source import check_source, check_tokenizer
-
-    check_source(config.model.source)
-    check_tokenizer(config.model)
-    check_files(config.data)
 
 
 #: Default of run.output.

@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from fitune.cli.arguments import ConfigArguments, ConfigFlags, check_inputs, read_arguments
+from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
 from fitune.data.report import DataReport, SplitReport, grouped
 from fitune.data.tokenizer_limits import in_time
 from fitune.language import say, translated
 from fitune.language.printable import json_text
+from fitune.training.session import check_inputs
 from fitune.units import format_count
 
 if TYPE_CHECKING:

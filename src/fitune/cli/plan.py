@@ -121,7 +121,7 @@ def plan(
     check_source(config.model.source)
     with collections_paused():
         from fitune.planning.optimizer_facts import unusual_rate
-    if (message := unusual_rate(config)) is not None:
+    if (message := unusual_rate(config.optim, config.model.method)) is not None:
         warn(message)
     if splits is not None:
         from fitune.cli.plan_splits import compare_splits

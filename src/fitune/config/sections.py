@@ -99,6 +99,11 @@ class ModelConfig(Section):
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random masks."""
+        return self.method != "full" and self.lora.dropout > 0
+
 
 class DataSource(Section):
     path: PathText = Field(description="file, directory or hub id; '#n' at its end draws n samples")
@@ -194,6 +199,11 @@ class DataConfig(Section):
         return _sources(self.train)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether some samples are held out, or given, to evaluate with."""
+        return self.eval is not None or self.eval_fraction > 0
+
+    @property
     def eval_sources(self) -> tuple[DataSource, ...] | None:
         return None if self.eval is None else _sources(self.eval)
 
@@ -270,6 +280,11 @@ class BatchConfig(Section):
         if self.accumulation != "auto":
             return -(-self.rows_per_step // self.accumulation)
         return None
+
+    @property
+    def is_micro_open(self) -> bool:
+        """Whether the size of micro-batches is left to the plan."""
+        return self.micro_rows is None and self.micro_tokens == "auto"
 
 
 class OptimConfig(Section):

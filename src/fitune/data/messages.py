@@ -164,16 +164,8 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     for key, value in turn.items():
         if value is not None and key not in _READ_OF_A_MESSAGE:
             message[key] = without_none(value)
-    content = content_of(turn)
-    calls = turn.get("tool_calls")
-    if is_call(turn):
-        content, calls = "", content
-    # OpenAI's format before 2024.
-    elif calls is None and isinstance(turn.get("function_call"), (dict, str)):
-        calls = turn["function_call"]
+    content, calls = _content_and_calls(turn, role)
     thoughts = [turn[key] for key in _REASONING_KEYS if turn.get(key)][:1]
-    if role == "tool":
-        content = _result_text(content)
     if isinstance(content, list):
         content, more_thoughts, more_calls = _sorted_parts(content, place)
         thoughts += more_thoughts
@@ -196,6 +188,17 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     if role == "assistant" and not message["content"] and not says:
         raise RowError(f"{place} is empty")
     return message, _weight(turn, place)
+
+
+def _content_and_calls(turn: Mapping[str, Any], role: str) -> tuple[Any, Any]:
+    """Return the content and the tool calls of a message, both as they are written there."""
+    content, calls = content_of(turn), turn.get("tool_calls")
+    if is_call(turn):
+        content, calls = "", content
+    # OpenAI's format before 2024.
+    elif calls is None and isinstance(turn.get("function_call"), (dict, str)):
+        calls = turn["function_call"]
+    return _result_text(content) if role == "tool" else content, calls
 
 
 _READ_OF_A_MESSAGE = frozenset(

@@ -29,27 +29,14 @@ _KNOWN_IN_A_MESSAGE = {
 def notices_of(conversation: Conversation, encoder: Encoder, data: DataConfig) -> frozenset[str]:
     """Return the notices of one conversation, each as the rest of a message "12 samples ..."."""
     noticed = {_IGNORED.format(key=key) for key in conversation.ignored}
-    if conversation.text is not None and _WRITTEN_CHAT.search(conversation.text, 0, 4096):
+    if conversation.text is None:
+        noticed.update(_of_template(conversation, encoder.finder_of(conversation).template.text))
+    elif _WRITTEN_CHAT.search(conversation.text, 0, 4096):
         noticed.add(
             "are texts in which a conversation is written out already: every token of them is "
             "learned, the questions "
             "too; samples in the messages format teach the answers alone"
         )
-    if conversation.text is None:
-        template = encoder.finder_of(conversation).template.text
-        keys = {key for message in conversation.messages for key in message}
-        if "reasoning_content" in keys and not writes_reasoning(template):
-            noticed.add(NOT_SHOWN.format(what="reasoning_content"))
-        if "tool_calls" in keys and "tool_calls" not in template:
-            noticed.add(NOT_SHOWN.format(what="tool_calls"))
-        if conversation.tools and "tools" not in template:
-            noticed.add(NOT_SHOWN.format(what="tools"))
-        for key in keys - _KNOWN_IN_A_MESSAGE:
-            if key not in template:
-                noticed.add(f"hold the key '{key}' in a message, which is ignored")
-        for key in conversation.template_arguments or ():
-            if key not in template:
-                noticed.add(NOT_SHOWN.format(what=f"the template argument '{key}'"))
     pairs = zip(conversation.messages, conversation.weights, strict=True)
     if data.mask == "all":
         if any(weight is not None for weight in conversation.weights):
@@ -59,6 +46,23 @@ def notices_of(conversation: Conversation, encoder: Encoder, data: DataConfig) -
             f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises"
         )
     return frozenset(noticed)
+
+
+def _of_template(conversation: Conversation, template: str) -> Iterator[str]:
+    """Yield what a conversation has that the text of the template does not name."""
+    keys = {key for message in conversation.messages for key in message}
+    if "reasoning_content" in keys and not writes_reasoning(template):
+        yield NOT_SHOWN.format(what="reasoning_content")
+    if "tool_calls" in keys and "tool_calls" not in template:
+        yield NOT_SHOWN.format(what="tool_calls")
+    if conversation.tools and "tools" not in template:
+        yield NOT_SHOWN.format(what="tools")
+    for key in keys - _KNOWN_IN_A_MESSAGE:
+        if key not in template:
+            yield f"hold the key '{key}' in a message, which is ignored"
+    for key in conversation.template_arguments or ():
+        if key not in template:
+            yield NOT_SHOWN.format(what=f"the template argument '{key}'")
 
 
 def grouped_notices(noticed: Mapping[str, int]) -> Iterator[str]:

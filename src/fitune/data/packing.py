@@ -75,7 +75,6 @@ def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch
         ids.append(row.input_ids[targets])
         weights.append(row.loss_weights[targets])
     shape = (1, width) if packed else (len(rows), width)
-    weights_N = np.concatenate(weights)
     return MicroBatch(
         row_ids=tuple(row.row_id for row in rows),
         row_lengths=tuple(lengths),
@@ -84,8 +83,8 @@ def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch
         position_ids_BS=torch.from_numpy(positions_T.reshape(shape)),
         target_index_N=_int64(index),
         target_ids_N=_int64(ids),
-        target_weights_N=torch.from_numpy(weights_N.astype(np.float32)),
-        loss_weight=float(weights_N.sum(dtype=np.float64)),
+        target_weights_N=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
+        loss_weight=sum(row.loss_weight for row in rows),
     )
 
 

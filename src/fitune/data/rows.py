@@ -9,6 +9,7 @@ Shape suffixes here, in `objectives/` and in `step/`:
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Self
 
 import numpy as np
@@ -31,6 +32,15 @@ class Row:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def loss_weight(self) -> float:
+        """Its part of the weight N that the losses of an effective batch are divided by."""
+        return float(self.loss_weights.sum(dtype=np.float64))
+
+    @property
+    def num_targets(self) -> int:
+        return int(np.count_nonzero(self.loss_weights))
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -48,7 +58,7 @@ class Batch:
 
     @property
     def num_supervised_tokens(self) -> int:
-        return int(sum(np.count_nonzero(row.loss_weights) for row in self.rows))
+        return sum(row.num_targets for row in self.rows)
 
     @property
     def loss_weight(self) -> float:
@@ -56,7 +66,7 @@ class Batch:
 
         It equals `num_supervised_tokens` unless messages have loss weights of their own.
         """
-        return float(sum(row.loss_weights.sum(dtype=np.float64) for row in self.rows))
+        return float(sum(row.loss_weight for row in self.rows))
 
 
 #: The tensor fields of `MicroBatch`. The types with the widest elements come first, so that each
@@ -90,7 +100,7 @@ class MicroBatch:
     target_ids_N: torch.Tensor
     #: float32
     target_weights_N: torch.Tensor
-    #: the sum of target_weights_N
+    #: the sum of its samples' weights
     loss_weight: float
 
     @property
@@ -106,6 +116,15 @@ class MicroBatch:
     @property
     def num_supervised_tokens(self) -> int:
         return self.target_ids_N.shape[0]
+
+    def sum_by_row(self, values_KN: torch.Tensor) -> torch.Tensor:
+        """Sum K values of each target over the targets of each sample, in float64: [K, samples]."""
+        num_rows = len(self.row_ids)
+        widths = self.row_lengths if self.packed else (self.input_ids_BS.shape[1],) * num_rows
+        ends_R = torch.tensor(list(accumulate(widths)), device=values_KN.device)
+        row_N = torch.bucketize(self.target_index_N, ends_R, right=True)
+        sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)
+        return sums_KR.index_add_(1, row_N, values_KN.double())
 
     def to(self, device: torch.device) -> Self:
         """Return the micro-batch on `device`, transferred in one copy.

@@ -70,7 +70,7 @@ class Ranks:
                 raise error
         return [given for given, _ in entries]
 
-    def tell(self, error: BaseException) -> bool:
+    def send_error(self, error: BaseException) -> bool:
         """Send this error in place of the next exchanged value, so that the others raise it too.
 
         Returns whether the others know of the error. An error that came from one of them is not
@@ -225,7 +225,7 @@ def joined() -> Iterator[Ranks]:
     try:
         yield ranks
     except Exception as error:
-        if ranks.tell(error) and not ranks.leads and isinstance(error, FituneError):
+        if ranks.send_error(error) and not ranks.leads and isinstance(error, FituneError):
             silent = FituneError("")
             silent.exit_code = error.exit_code
             raise silent from error

@@ -20,12 +20,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from fitune.data.packing import lay_out
-from fitune.data.rows import Row
+from fitune.data.rows import MicroBatch
 from fitune.errors import ConfigError, ModelError
 from fitune.machine.out_of_memory import memory_failure
 from fitune.model.recompute import recomputable_layers
@@ -78,11 +76,10 @@ class ShardPeers(Protocol):
 class Shards:
     """A sharded model and what its processes do together; made by `shard_model`."""
 
-    def __init__(self, model: nn.Module, peers: ShardPeers, group: Any, *, packed: bool) -> None:
-        self.peers = peers
-        self.idle = lay_out(
-            [Row(0, np.array([1, 2], np.int32), np.zeros(2, np.float32))], packed=packed
-        )
+    def __init__(
+        self, model: nn.Module, peers: ShardPeers, group: Any, *, idle: MicroBatch
+    ) -> None:
+        self.peers, self.idle = peers, idle
         self._model, self._group = cast("FSDPModule", model), group
         self._on_gradient: Callable[[Tensor], None] | None = None
 
@@ -213,9 +210,11 @@ class Shards:
 
 
 def shard_model(
-    model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool
+    model: nn.Module, peers: ShardPeers, *, device: torch.device, idle: MicroBatch
 ) -> Shards:
     """Shard the parameters layer by layer, and put the shards on `device`.
+
+    idle: a sample without targets, for a process that has no samples left.
 
     The model may be in host memory until then. Gradients are summed in float32 and never divided by
     the number of processes. Raises ModelError for a model that cannot be sharded.
@@ -230,7 +229,7 @@ def shard_model(
 
     from fitune.distributed.announced import AnnouncedGather, AnnouncedReduction
 
-    layers = dealt_layers(model)
+    layers = gathered_layers(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -243,7 +242,7 @@ def shard_model(
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    shards = Shards(model, peers, group, packed=packed)
+    shards = Shards(model, peers, group, idle=idle)
     gather, reduction = (
         AnnouncedGather(shards.collective),
         AnnouncedReduction(shards.collective, shards.read),
@@ -261,7 +260,7 @@ def shard_model(
     return shards
 
 
-def dealt_layers(model: nn.Module) -> list[nn.Module]:
+def gathered_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that are gathered one at a time. Raises ModelError where there are none."""
     layers: list[nn.Module] = list(recomputable_layers(model))
     if not layers:

@@ -19,7 +19,7 @@ from fitune.integrations.rows import Samples, most_different_samples, without_ta
 from fitune.language import translated
 from fitune.machine.out_of_memory import memory_failure, release_memory, try_twice
 from fitune.recovery.divisibility import ProbeSamples, Verdict, check_model
-from fitune.recovery.observed import fitted_step, room_bytes
+from fitune.recovery.observed import allocatable_bytes, fitted_step
 from fitune.recovery.protection import Protection
 from fitune.recovery.size_control import MemoryModel
 from fitune.recovery.step import SafeResult
@@ -100,7 +100,9 @@ class SafeStep:
             commit=self.commit,
         )
         self._protection: Protection[_Part] = Protection(
-            work=work, seed=self.seed, room=lambda: room_bytes(self._protection.device)
+            work=work,
+            seed=self.seed,
+            query_free_bytes=lambda: allocatable_bytes(self._protection.device),
         )
         self._memory: MemoryModel | None = None
 

@@ -25,7 +25,7 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.language import translated
 from fitune.machine.out_of_memory import try_twice
 from fitune.recovery.divisibility import ProbeSamples, Verdict, check_model
-from fitune.recovery.observed import fitted_step, room_bytes
+from fitune.recovery.observed import allocatable_bytes, fitted_step
 from fitune.recovery.protection import Protection
 from fitune.recovery.size_control import MemoryModel
 from fitune.recovery.step import SafeResult
@@ -133,7 +133,9 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         self._waiting, self._failed = [], False
         self._num_items, self._logged_metrics = num_items, _LoggedMetrics(self)
         self._protection = Protection(
-            work=work, seed=self.args.seed, room=partial(room_bytes, self.args.device)
+            work=work,
+            seed=self.args.seed,
+            query_free_bytes=partial(allocatable_bytes, self.args.device),
         )
         optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper

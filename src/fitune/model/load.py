@@ -37,8 +37,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from fitune.boundary import is_panic, told_as
-from fitune.config import ModelConfig, RunConfig
+from fitune.boundary import is_panic, raised_as
+from fitune.config import ModelConfig
 from fitune.data.hub import hub_is_known
 from fitune.errors import ConfigError, ModelError
 from fitune.model.adapted_model import describe, note_adapted
@@ -77,15 +77,15 @@ _MOST_LAYERS = 10_000
 _READ_ERRORS = (Exception,)
 
 
-def check_length(config: RunConfig) -> None:
+def check_length(model: ModelConfig, max_length: int) -> None:
     """Raise ConfigError if samples may exceed the positions that a model has learned."""
-    positions = getattr(load_config(config.model).get_text_config(), "n_positions", None)
-    if positions is not None and config.data.max_length > positions:
+    positions = getattr(load_config(model).get_text_config(), "n_positions", None)
+    if positions is not None and max_length > positions:
         raise ConfigError(
             [
-                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions "
+                f"data.max_length {max_length:,} exceeds the {positions:,} positions "
                 "of "
-                f"{config.model.source}: set data.max_length={positions}"
+                f"{model.source}: set data.max_length={positions}"
             ]
         )
 
@@ -179,7 +179,7 @@ def load_model(
     seed: int = 0,
     config: PretrainedConfig | None = None,
     stay_on_host: bool = False,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> "PreTrainedModel | PeftModel":
     """Return the model that `model` describes on `device`, in training mode, with any adapters.
 
@@ -189,7 +189,7 @@ def load_model(
         on a CPU).
     config: another architecture than the one that `model` names, on the meta device only.
     stay_on_host: leave the model in host memory, for a caller who moves it to `device` in parts.
-    tell: called with a message about tensors in the files that the model has no place for.
+    notify: called with a message about tensors in the files that the model has no place for.
     """
     precision = precision or resolve_precision(model, *device_precision(device))
     config = config or load_config(model)
@@ -198,7 +198,7 @@ def load_model(
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":
         with (
-            told_as(
+            raised_as(
                 ModelError,
                 f"{model.source} cannot be built from its configuration",
                 "mend its config.json",
@@ -214,7 +214,7 @@ def load_model(
             )
     else:
         built = load_weights(
-            model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell
+            model, config, dtype=precision.parameter_dtype, attention=attention, notify=notify
         )
     noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
@@ -235,14 +235,14 @@ def load_weights(
     *,
     dtype: torch.dtype,
     attention: str | None = None,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Return the model with the weights of `model.source`, on the CPU.
 
     Raises ModelError if weights are missing, do not fit `config`, or cannot be read: no weight ever
     stays random, and no weight of a layer is ignored.
 
-    tell: as in `load_model`.
+    notify: as in `load_model`.
     """
     kind = source_kind(model.source)
     assert kind != "preset", "a preset has no weights"
@@ -290,8 +290,8 @@ def load_weights(
     if weights_format(config) is not None:
         built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
-    if surplus and tell is not None:
-        tell(
+    if surplus and notify is not None:
+        notify(
             f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out"
         )
     return cast(PreTrainedModel, built)

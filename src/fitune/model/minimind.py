@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from fitune.boundary import told_as
+from fitune.boundary import raised_as
 from fitune.config import ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.presets import llama_config, preset_config, qwen3_config, qwen3_moe_config
@@ -115,7 +115,7 @@ def pth_config(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> Pretraine
         raise ModelError(
             f"{path} lacks layer {gap} of {max(numbers) + 1:,}: copy it again, or save the whole model"
         )
-    with told_as(
+    with raised_as(
         ModelError,
         f"{path} holds tensors that no minimind model has",
         "give the file that minimind saved",

@@ -8,51 +8,130 @@ gradient in the same pass. Logits of all tokens therefore never exist at the sam
 suffixes are those of `data/rows.py`.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import exp
+from typing import Any, Self, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitune.data.rows import MicroBatch
-from fitune.model.head import Head
+from fitune.config import Auto, Loss
+from fitune.data.rows import MicroBatch, Row
+from fitune.errors import ModelError
+from fitune.model.head import Head, decoder_and_head
 from fitune.model.packed_attention import row_boundaries
 from fitune.model.tied_head import joined_to_embedding
+from fitune.objectives.objective import CHUNK_TOKENS, Chunking, Measured
 
-#: The supervised tokens whose logits exist at the same time, at least. 256 tokens with a vocabulary
-#: of 151,936 take 148 MiB in float32.
-CHUNK_TOKENS = 256
 #: The bytes of float32 logits that exist at the same time on a GPU, where a small vocabulary allows
 #: larger chunks.
 CHUNK_BYTES = 32 * 2**20
-
-
-def chunk_slices(num_tokens: int, chunk_tokens: int) -> list[slice]:
-    """Return the slices that cut this number of supervised tokens into chunks."""
-    return [
-        slice(start, min(start + chunk_tokens, num_tokens))
-        for start in range(0, num_tokens, chunk_tokens)
-    ]
+#: where even a single sample does not fit otherwise
+SMALL_CHUNK_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class LossSettings:
-    """How the loss of a micro-batch is computed."""
+class Supervised:
+    """Minimises the weighted cross-entropy of the supervised tokens (see `Objective`)."""
 
     #: where the model's body ends and its logits begin; None for the model's own logits (`full`
     #: loss)
     head: Head | None = None
-    #: supervised tokens whose logits exist at the same time
+    #: supervised tokens whose logits exist at the same time, if there is a head
     chunk_tokens: int = CHUNK_TOKENS
-    #: (supervised tokens, tokens of a chunk) -> the chunks; a recording watches each begin and end
-    chunks: Callable[[int, int], Iterable[slice]] = chunk_slices
+    #: see `Objective.watched`
+    watch: Callable[[list[slice], bool], Iterable[slice]] | None = None
 
     @property
-    def eval_chunk_tokens(self) -> int:
-        """As `chunk_tokens`, of an evaluation, whose peak is its logits alone."""
-        return min(self.chunk_tokens, CHUNK_TOKENS)
+    def totals(self) -> Mapping[str, torch.dtype]:
+        return {"correct": torch.int64}
+
+    @property
+    def chunking(self) -> Chunking | None:
+        return None if self.head is None else Chunking(self.chunk_tokens)
+
+    def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Return the weighted sum of the token losses of a micro-batch, a float32 scalar."""
+        if self.head is None:
+            return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
+        with joined_to_embedding(self.head) as heads:
+            hidden_ND = _supervised_hidden(self.head, micro_batch)
+        chunks = self._chunks(hidden_ND.shape[0], evaluates=False)
+        return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunks=chunks)
+
+    def evaluate(self, model: nn.Module, micro_batch: MicroBatch) -> Measured:
+        """Return the losses, and how often the most likely token is the target."""
+        target_N = micro_batch.target_ids_N
+        if self.head is None:
+            logits_NV = _supervised_logits(model, micro_batch)
+            losses_N = F.cross_entropy(logits_NV.float(), target_N, reduction="none")
+            losses_N = losses_N * micro_batch.target_weights_N
+            return Measured(losses_N, {"correct": _num_correct(logits_NV, target_N)})
+        hidden_ND = _supervised_hidden(self.head, micro_batch)
+        losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+        for chunk in self._chunks(hidden_ND.shape[0], evaluates=True):
+            logits_NV = self.head.logits(hidden_ND[chunk])
+            losses_N[chunk] = F.cross_entropy(logits_NV.float(), target_N[chunk], reduction="none")
+            correct += _num_correct(logits_NV, target_N[chunk])
+        return Measured(losses_N * micro_batch.target_weights_N, {"correct": correct})
+
+    def metrics(
+        self, loss: float, totals: Mapping[str, float], *, loss_weight: float, num_targets: int
+    ) -> dict[str, float]:
+        return {
+            "eval_perplexity": exp(min(loss, 700.0)),  # exp(710) overflows a double
+            "eval_accuracy": totals["correct"] / num_targets,
+        }
+
+    def made_up_row(self, row_id: int, ids: npt.NDArray[np.integer], num_targets: int) -> Row:
+        weights = np.zeros(len(ids), np.float32)
+        weights[max(1, len(ids) - num_targets) :] = 1
+        return Row(row_id, ids.astype(np.int32), weights)
+
+    def smaller(self, model: nn.Module | None) -> tuple[Self, str] | None:
+        """Return the loss in chunks of few tokens, unless it is that already."""
+        if self.head is not None and self.chunk_tokens <= SMALL_CHUNK_TOKENS:
+            return None
+        head: Head | str | None = self.head
+        if head is None and model is not None:
+            head = decoder_and_head(model)
+        if not isinstance(head, Head):
+            return None
+        return (
+            replace(self, head=head, chunk_tokens=SMALL_CHUNK_TOKENS),
+            f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time",
+        )
+
+    def watched(self, watch: Callable[[list[slice], bool], Iterable[slice]]) -> Self:
+        return replace(self, watch=watch)
+
+    def _chunks(self, num_tokens: int, *, evaluates: bool) -> Iterable[slice]:
+        slices = Chunking(self.chunk_tokens).slices(num_tokens, evaluates=evaluates)
+        return slices if self.watch is None else self.watch(slices, evaluates)
+
+
+def choose_objective(
+    model: nn.Module, *, loss: Loss | Auto, device: torch.device
+) -> tuple[Supervised, str | None]:
+    """Return the supervised objective for a model, and a note for the user.
+
+    loss: whether the logits are computed in chunks; auto for where the model allows it.
+
+    Raises ModelError if the model does not allow loss=chunked.
+    """
+    if loss == "full":
+        return Supervised(), None
+    head = decoder_and_head(model)
+    if isinstance(head, Head):
+        return Supervised(head, choose_chunk_tokens(head, device)), None
+    if loss == "chunked":
+        raise ModelError(f"loss=chunked does not fit this model: {head}; use loss=full")
+    return Supervised(), f"full logits: {head}"
 
 
 def choose_chunk_tokens(head: Head, device: torch.device) -> int:
@@ -62,45 +141,6 @@ def choose_chunk_tokens(head: Head, device: torch.device) -> int:
     """
     of_card = CHUNK_BYTES // (4 * head.weight.shape[0])
     return CHUNK_TOKENS if device.type == "cpu" else max(CHUNK_TOKENS, of_card)
-
-
-def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> Tensor:
-    """Return the weighted sum of the token losses of a micro-batch, a float32 scalar.
-
-    Without targets it is 0, with zero gradients.
-    """
-    if settings.head is None:
-        return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
-    with joined_to_embedding(settings.head) as heads:
-        hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    chunks = settings.chunks(hidden_ND.shape[0], settings.chunk_tokens)
-    return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunks=chunks)
-
-
-def losses_and_correct(
-    model: nn.Module, micro_batch: MicroBatch, settings: LossSettings
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted loss of each supervised token and the number of correct predictions.
-
-    The losses are float32 [N]. A prediction is correct if the target is the most likely token;
-    their number is an int64 scalar. An evaluation uses both.
-    """
-    if settings.head is None:
-        logits_NV = _supervised_logits(model, micro_batch)
-        losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
-        return losses_N * micro_batch.target_weights_N, _num_correct(
-            logits_NV, micro_batch.target_ids_N
-        )
-    hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
-    correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-    for chunk in settings.chunks(hidden_ND.shape[0], settings.eval_chunk_tokens):
-        logits_NV = settings.head.logits(hidden_ND[chunk])
-        losses_N[chunk] = F.cross_entropy(
-            logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none"
-        )
-        correct += _num_correct(logits_NV, micro_batch.target_ids_N[chunk])
-    return losses_N * micro_batch.target_weights_N, correct
 
 
 def chunked_cross_entropy(

@@ -23,7 +23,7 @@ from fitune.boundary import parse_json
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
+def cached(kind: str, key: object, make: Callable[[], object]) -> Any:
     """Return the JSON value of `key` from the directory `kind` of the cache.
 
     If there is none, `make` computes it, and it is stored.
@@ -35,14 +35,14 @@ def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
     return found
 
 
-def read_cached(kind: str, key: Any) -> Any | None:
+def read_cached(kind: str, key: object) -> Any | None:
     try:
         return parse_json(_path(kind, key).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def write_cached(kind: str, key: Any, value: Any) -> None:
+def write_cached(kind: str, key: object, value: object) -> None:
     path = _path(kind, key)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def file_state(path: str | Path) -> list[Any]:
     return states
 
 
-def _path(kind: str, key: Any) -> Path:
+def _path(kind: str, key: object) -> Path:
     root = Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune"))
     text = json.dumps([_versions(), key], sort_keys=True, default=str)
     return root / kind / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.json"

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fitune.config import RunConfig
 from fitune.planning.choices import Choice
 from fitune.planning.forecast import Forecast, Forecaster
 from fitune.planning.limits import Lengths, MemoryLimits
@@ -80,14 +79,16 @@ def other_estimates_of(
     )
 
 
-def planned_data(config: RunConfig, lengths: Lengths, *, num_gpus: int) -> dict[str, Any]:
+def planned_data(
+    lengths: Lengths, *, max_length: int, rows_per_step: int, num_gpus: int
+) -> dict[str, Any]:
     """Return what a plan shows of the data: lengths and numbers of the samples.
 
-    config: the configuration of all cards together.
+    rows_per_step: of all cards together.
     """
-    rows_per_step, epoch_rows = config.batch.rows_per_step, lengths.epoch_rows
+    epoch_rows = lengths.epoch_rows
     return {
-        "max_length": config.data.max_length,
+        "max_length": max_length,
         "row_tokens": lengths.longest_tokens,
         "row_tokens_origin": lengths.origin,
         "mean_row_tokens": round(lengths.mean_tokens, 1),

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fitune.config import BatchConfig, Loss, Precision, Recompute, Routing, RunConfig
+from fitune.config import (
+    BatchConfig,
+    Loss,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Recompute,
+    Routing,
+    RunConfig,
+)
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.planning.limits import Lengths
 from fitune.planning.plan import ADAMW_HOST, Candidate
@@ -71,7 +80,7 @@ def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Itera
     """
     recomputes = RECOMPUTES if config.model.recompute == "auto" else (config.model.recompute,)
     losses: tuple[Loss, ...] = ("chunked", "full") if config.loss == "auto" else (config.loss,)
-    sizes = micro_sizes(config, lengths)
+    sizes = micro_sizes(config.batch, lengths)
     for recompute in recomputes:
         for loss in losses:
             if loss == losses[0] or recompute == recomputes[0]:
@@ -96,16 +105,12 @@ def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Itera
             )
 
 
-def host_choices(config: RunConfig, choices: Sequence[Choice]) -> list[Choice]:
+def host_choices(model: ModelConfig, optim: OptimConfig, choices: Sequence[Choice]) -> list[Choice]:
     """Return `choices` with AdamW's state and update on the host.
 
     Returns an empty list for another optimizer, and for adapters, whose state is small.
     """
-    if (
-        config.optim.name != "adamw"
-        or config.model.method != "full"
-        or config.model.shard != "none"
-    ):
+    if optim.name != "adamw" or model.method != "full" or model.shard != "none":
         return []
     return [
         replace(choice, optimizer=ADAMW_HOST)
@@ -114,26 +119,28 @@ def host_choices(config: RunConfig, choices: Sequence[Choice]) -> list[Choice]:
     ]
 
 
-def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[Choice]:
+def proposals(
+    model: ModelConfig, optim: OptimConfig, choice: Choice, *, float32: bool
+) -> Iterator[Choice]:
     """Yield variants of `choice` that need less memory or time but change the result.
 
     The user decides on them. float32: whether the model computes in float32 though the device has
     bfloat16.
     """
-    is_sharded = config.model.shard != "none"  # not every variant can be sharded
-    if config.optim.name in ("adamw", "adamw_foreach") and not is_sharded:
+    is_sharded = model.shard != "none"  # not every variant can be sharded
+    if optim.name in ("adamw", "adamw_foreach") and not is_sharded:
         for name, kind in OPTIMIZERS.items():
             if kind.is_proposed:
                 yield replace(choice, optimizer=name, result=kind.result)
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
-    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ()):
+    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(model.method, ()):
         if method == "qlora" and is_sharded:
             continue
         yield replace(choice, method=method, optimizer=None, result="different")
 
 
-def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
+def micro_sizes(batch: BatchConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
     """Return the sizes of micro-batches to consider, ascending.
 
     A size is (samples, None) or (None, tokens). If all samples have one length, there is a size
@@ -142,7 +149,6 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     3, 4, 6, 8, ... times the longest sample, up to the whole step. They are multiples of half a
     sample, so that the work of all sizes follows from two recordings.
     """
-    batch = config.batch
     if batch.micro_rows is not None:
         return [(min(batch.micro_rows, batch.rows_per_step), None)]
     if batch.micro_tokens != "auto":
@@ -213,7 +219,7 @@ def settings_of_candidate(candidate: Candidate, config: RunConfig) -> list[str]:
         "loss": candidate.loss if config.loss == "auto" else None,
         "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
     }
-    if batch.micro_rows is None and batch.micro_tokens == "auto":
+    if batch.is_micro_open:
         settings["batch.micro_tokens"] = str(candidate.micro_tokens)
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
@@ -223,13 +229,12 @@ def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
 
     The configuration may have changed since that plan.
     """
-    batch = config.batch
     is_open = {
         "model.recompute": config.model.recompute == "auto",
         "model.offload_activations": config.model.recompute == "auto",
         "optim.name": config.optim.name == "adamw",
         "model.precision": config.model.precision == "auto",
         "loss": config.loss == "auto",
-        "batch.micro_tokens": batch.micro_rows is None and batch.micro_tokens == "auto",
+        "batch.micro_tokens": config.batch.is_micro_open,
     }
     return [setting for setting in settings if is_open.get(setting.partition("=")[0], False)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fitune.allocator.prediction import other_routing
-from fitune.config import Loss, RunConfig
+from fitune.config import Loss, OptimConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.importing import collections_paused
 from fitune.machine.libc import allocator_name
@@ -210,7 +210,7 @@ class Forecaster:
             from fitune.trace.library import Recordings
 
         if self._recordings is None:
-            check_length(self.config)
+            check_length(self.config.model, self.config.data.max_length)
             self._recordings = Recordings()
             if self._num_read == 0:
                 self.known["program_bytes"] = psutil.Process().memory_info().rss
@@ -222,9 +222,14 @@ class Forecaster:
         from fitune.planning.predict import predict_run
 
         config = apply_choice(self.config, choice)
-        rows = heaviest_rows(config, choice, self.lengths)
+        rows = heaviest_rows(
+            choice,
+            self.lengths,
+            most_rows=config.batch.rows_per_step,
+            packing=config.data.packing,
+        )
         eval_tokens = self.lengths.longest_eval_tokens
-        passes = _passes(config, rows, eval_tokens, config.batch.rows_per_step)
+        passes = _passes(config.optim, rows, eval_tokens, config.batch.rows_per_step)
         prediction = predict_run(
             config,
             self.limits.device,
@@ -268,7 +273,11 @@ class Forecaster:
             fits=bool(largest.fits),
             limit_bytes=None if unlimited or cannot else limit_bytes,
             notes=(*largest.assumptions, *recorded.notes),
-            host_bytes=_host_bytes(config, recorded),
+            host_bytes=_host_bytes(
+                recorded,
+                offloads=config.model.offload_activations,
+                on_host=config.optim.name == ADAMW_HOST,
+            ),
         )
 
     def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
@@ -282,8 +291,8 @@ class Forecaster:
         rows = tuple(
             (length, max(1, int(supervised_fraction * (length - 1)))) for length in lengths
         )
-        target = cuda_target(config, self.limits.device)
-        passes = _passes(config, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
+        target = cuda_target(config.model, self.limits.device)
+        passes = _passes(config.optim, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
         recorded = recordings.step(config, passes, target=target)
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
@@ -314,16 +323,19 @@ class Forecaster:
         )
 
 
-def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
-    """Return (tokens, supervised tokens) of each sample of the heaviest possible micro-batch."""
-    longest, most = lengths.longest_tokens, config.batch.rows_per_step
+def heaviest_rows(choice: Choice, lengths: Lengths, *, most_rows: int, packing: bool) -> Sizes:
+    """Return (tokens, supervised tokens) of each sample of the heaviest possible micro-batch.
+
+    most_rows: the samples of an effective batch.
+    """
+    longest, most = lengths.longest_tokens, most_rows
     if choice.micro_rows is not None:
         sizes = [longest] * choice.micro_rows
     else:
         assert choice.micro_tokens is not None
         tokens = min(max(choice.micro_tokens, longest), most * longest)
         whole, rest = divmod(tokens, longest)
-        if config.data.packing:
+        if packing:
             sizes = [longest] * whole + ([rest] if rest > 1 and whole < most else [])
         else:
             count = min(whole + (rest > 0), most)
@@ -332,32 +344,35 @@ def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
 
 
 def _passes(
-    config: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int
+    optim: OptimConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int
 ) -> Sequence["Pass"]:
     """Return what to record: steps of such micro-batches, and an evaluation of as many samples."""
     from fitune.trace.own_step import Pass, steady_passes
 
     evaluation = ((longest_eval_tokens, longest_eval_tokens - 1),) * len(rows)
     return steady_passes(
-        config.optim,
+        optim,
         Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
         evaluation=Pass("eval", evaluation, most_micro_batches=1) if longest_eval_tokens else None,
     )
 
 
-def _host_bytes(config: RunConfig, recorded: "RecordedStep") -> int:
+def _host_bytes(recorded: "RecordedStep", *, offloads: bool, on_host: bool) -> int:
     """Return the bytes that a run on a card stores in the host's memory.
+
+    offloads: whether activations are moved there.
+    on_host: whether the optimizer is there.
 
     These are HostAdamW's copies of parameters and gradients with its state, and the activations
     that the forward of one micro-batch offloads.
     """
     sent: dict[tuple[int, int], int] = {}
-    for work in recorded.work if config.model.offload_activations else ():
+    for work in recorded.work if offloads else ():
         if work.op == TRANSFER and work.phase == "forward":
             place = work.step, work.micro_batch
             sent[place] = sent.get(place, 0) + work.num_bytes
     # parameter, gradient and two moments of AdamW, in float32
-    state = 16 * recorded.num_trainable_parameters if config.optim.name == ADAMW_HOST else 0
+    state = 16 * recorded.num_trainable_parameters if on_host else 0
     return state + max(sent.values(), default=0)
 
 

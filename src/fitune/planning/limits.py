@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitune.config import RunConfig
+from fitune.config import DataConfig, MemoryConfig, RunConfig
 from fitune.errors import ModelError, UsageError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
@@ -70,7 +70,7 @@ class MemoryLimits:
         return min(self.budget_bytes, free_bytes(self.device)) - self.kept_bytes
 
 
-def find_limits(config: RunConfig, *, gpu: str | None = None) -> MemoryLimits:
+def find_limits(memory: MemoryConfig, *, gpu: str | None = None) -> MemoryLimits:
     """Return the device and the memory that a run of the configuration may use.
 
     gpu: a card of the catalogue, or 'cpu'. None for memory.gpu, else this machine's card, else its
@@ -78,8 +78,7 @@ def find_limits(config: RunConfig, *, gpu: str | None = None) -> MemoryLimits:
 
     Raises UsageError for an unknown card.
     """
-    named = gpu or config.memory.gpu
-    budget = config.memory.budget
+    named, budget = gpu or memory.gpu, memory.budget
     size = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
     if named is not None:
         device = find_device(named)
@@ -87,22 +86,21 @@ def find_limits(config: RunConfig, *, gpu: str | None = None) -> MemoryLimits:
         device = cards[0]
     else:
         device = cpu_device() if size is None else _any_card(size)
-    return limits_of(config, device)
+    return limits_of(memory, device)
 
 
-def limits_of(config: RunConfig, device: Device) -> MemoryLimits:
+def limits_of(memory: MemoryConfig, device: Device) -> MemoryLimits:
     is_here = device.kind == "cuda" and device.free_bytes is not None
     return MemoryLimits(
         device,
-        budget_bytes(config, device),
-        config.memory.budget != "auto",
+        budget_bytes(memory.budget, device),
+        memory.budget != "auto",
         host_bytes=free_bytes(cpu_device()) if is_here else None,
     )
 
 
-def budget_bytes(config: RunConfig, device: Device) -> int:
+def budget_bytes(budget: str | float, device: Device) -> int:
     """Return the bytes of memory.budget on that device; auto is a fraction of what is free now."""
-    budget = config.memory.budget
     if isinstance(budget, str) and budget != "auto":
         return parse_bytes(budget)
     return int((AUTO_SHARE if isinstance(budget, str) else budget) * free_bytes(device))
@@ -123,7 +121,7 @@ def find_lengths(config: RunConfig) -> Lengths:
     if not all(path.exists() for path in paths):
         is_named = config.data.train != NO_DATA
         return uniform_lengths(
-            config, origin="data.max_length, as the data is not here" if is_named else None
+            config.data, origin="data.max_length, as the data is not here" if is_named else None
         )
     tokenizer = config.model.tokenizer or config.model.source
     key = [
@@ -137,11 +135,10 @@ def find_lengths(config: RunConfig) -> Lengths:
     return Lengths(**found | {"sample_tokens": tuple(found["sample_tokens"])})
 
 
-def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
-    length = config.data.max_length
-    evaluated = config.data.eval is not None or config.data.eval_fraction > 0
+def uniform_lengths(data: DataConfig, *, origin: str | None = None) -> Lengths:
+    length = data.max_length
     return Lengths(
-        (length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length"
+        (length,), 1.0, length if data.is_evaluated else 0, None, None, origin or "data.max_length"
     )
 
 
@@ -176,17 +173,18 @@ def _read_lengths(config: RunConfig) -> Lengths:
             )
             if not len(train):
                 return uniform_lengths(
-                    config, origin="data.max_length, as the data has no samples to train on"
+                    config.data, origin="data.max_length, as the data has no samples to train on"
                 )
             return lengths_of(train, held_out)
     except ModelError:
         return uniform_lengths(
-            config, origin="data.max_length, as the model has no tokenizer to read the data with"
+            config.data,
+            origin="data.max_length, as the model has no tokenizer to read the data with",
         )
     except UsageError:
         # a plan does not need the data; `fitune check` and `fitune train` say what is wrong with it
-        return uniform_lengths(config, origin="data.max_length, as the data cannot be read")
-    return uniform_lengths(config, origin="data.max_length, as the tokenizer is not here")
+        return uniform_lengths(config.data, origin="data.max_length, as the data cannot be read")
+    return uniform_lengths(config.data, origin="data.max_length, as the tokenizer is not here")
 
 
 def _any_card(num_bytes: int) -> Device:

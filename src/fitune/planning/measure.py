@@ -11,11 +11,10 @@ from statistics import median
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fitune.config import Loss, Recompute, RunConfig
-from fitune.data.rows import Batch, Row
+from fitune.data.rows import Batch
 from fitune.errors import UsageError
 from fitune.machine.out_of_memory import release_memory
 from fitune.machine.process_memory import (
@@ -72,7 +71,7 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     """
     assert plan.chosen is not None
     device = choose_device()
-    target = find_limits(config).device
+    target = find_limits(config.memory).device
     if (target.kind == "cpu") != (device.type == "cpu") or config.memory.gpu is not None:
         raise UsageError(
             f"--measure runs on this machine, and the plan is for {target.name}: leave out --gpu"
@@ -88,7 +87,15 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
         offloads=candidate.offload_activations and not config.model.offload_activations,
     )
     run_config = apply_choice(config, choice)
-    heaviest = heaviest_rows(run_config, choice, lengths) * 2
+    heaviest = (
+        heaviest_rows(
+            choice,
+            lengths,
+            most_rows=run_config.batch.rows_per_step,
+            packing=run_config.data.packing,
+        )
+        * 2
+    )
     draw = np.random.default_rng(0)
     drawn = draw.choice(lengths.sample_tokens, size=(num_steps, config.batch.rows_per_step))
     supervised = lengths.supervised_fraction
@@ -119,7 +126,7 @@ def measure_steps(
     release_memory(device)
     before = program_bytes(device)
     model_config = config.model.model_copy(update={"init": "random"})
-    precision = choose_precision(config, device)
+    precision = choose_precision(config.model, device)
     model = load_model(model_config, device, precision=precision, seed=config.train.seed)
     setup = assemble(model, config, device=device, precision=precision)
     draw = np.random.default_rng(config.train.seed)
@@ -128,8 +135,10 @@ def measure_steps(
     def step(rows: Sizes) -> MeasuredStep:
         batch = Batch(
             tuple(
-                _row(i, *size, draw.integers(vocab_size, size=size[0]))
-                for i, size in enumerate(rows)
+                setup.settings.objective.made_up_row(
+                    i, draw.integers(vocab_size, size=length), num_targets
+                )
+                for i, (length, num_targets) in enumerate(rows)
             )
         )
         micro_batches = setup.layout.split(batch)
@@ -154,12 +163,6 @@ def _above(peak: MemoryPeak, program: int | None) -> MemoryPeak:
     if program is None or peak.device_bytes is None:
         return peak
     return replace(peak, device_bytes=peak.device_bytes - program)
-
-
-def _row(number: int, length: int, num_supervised: int, ids: npt.NDArray[np.int64]) -> Row:
-    weights = np.zeros(length, np.float32)
-    weights[max(1, length - num_supervised) :] = 1
-    return Row(number, ids.astype(np.int32), weights)
 
 
 def _wait(device: torch.device) -> None:

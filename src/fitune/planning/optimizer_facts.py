@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from fitune.batch_size.scaling import OptimSettings, configured_lr, is_adaptive, settings_of
-from fitune.config import OptimConfig, RunConfig
+from fitune.config import Method, OptimConfig, RunConfig, TrainConfig
 from fitune.language import say
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.planning.limits import Lengths
@@ -58,13 +58,15 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
     precision: the precision of the plan's chosen candidate.
     """
     rows = config.batch.rows_per_step
-    optim = settings_of(config.optim, lr=configured_lr(config), rows=rows)
+    optim = settings_of(
+        config.optim, lr=configured_lr(config.optim, config.model.method), rows=rows
+    )
     step_tokens = lengths.mean_tokens * rows
 
     def span(steps: float) -> Span:
         return Span(steps=steps, tokens=steps * step_tokens)
 
-    steps = _num_steps(config, lengths, step_tokens)
+    steps = _num_steps(config.train, lengths, rows)
     has_betas = OPTIMIZERS[config.optim.name].has_betas
     shrink = None if steps is None else shrink_fraction(config.optim, optim, steps=steps)
     rounds_updates = (
@@ -82,17 +84,17 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
     )
 
 
-def unusual_rate(config: RunConfig) -> str | None:
+def unusual_rate(optim: OptimConfig, method: Method) -> str | None:
     """Return a warning about a learning rate that is surely a mistake, such as 3 for 3e-5."""
-    rate = configured_lr(config)
-    highest = HIGHEST_USUAL_RATE * (1 if is_adaptive(config.optim) else 100)
+    rate = configured_lr(optim, method)
+    highest = HIGHEST_USUAL_RATE * (1 if is_adaptive(optim) else 100)
     if rate <= highest:
         return None
     return say(
         "optim.lr {rate} is far above the rates that {name} trains language models with (below {highest}): usual are "
         "2e-5 for full fine-tuning and 2e-4 for adapters",
         rate=f"{rate:g}",
-        name=config.optim.name,
+        name=optim.name,
         highest=f"{highest:g}",
     )
 
@@ -120,15 +122,15 @@ def lost_updates_fraction(lr: float) -> float:
     return math.erfc(smallest / (WEIGHT_STD * math.sqrt(2)))
 
 
-def _num_steps(config: RunConfig, lengths: Lengths, step_tokens: float) -> int | None:
-    train = config.train
+def _num_steps(train: TrainConfig, lengths: Lengths, rows: int) -> int | None:
+    """Return the number of steps of `rows` samples; None if the data is not known."""
     if train.steps is not None:
         return train.steps
     if train.tokens is not None:
-        return math.ceil(train.tokens / step_tokens)
+        return math.ceil(train.tokens / (lengths.mean_tokens * rows))
     if lengths.epoch_rows is None:
         return None
-    return math.ceil((train.epochs or 1.0) * lengths.epoch_rows / config.batch.rows_per_step)
+    return math.ceil((train.epochs or 1.0) * lengths.epoch_rows / rows)
 
 
 def _half_life(beta: float) -> float:

@@ -20,8 +20,8 @@ from fitune.allocator.prediction import (
     predict_steps,
 )
 from fitune.boundary import bounded
-from fitune.config import ModelConfig, RunConfig, read_config
-from fitune.distributed.sharding import dealt_layers
+from fitune.config import BatchConfig, ModelConfig, RunConfig, read_config
+from fitune.distributed.sharding import gathered_layers
 from fitune.errors import ConfigError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
@@ -83,8 +83,8 @@ def predict(
     raise.
     """
     run = config if isinstance(config, RunConfig) else read_config(config, overrides).config
-    device = choose_target(run, gpu=gpu)
-    check_length(run)
+    device = choose_target(gpu or run.memory.gpu)
+    check_length(run.model, run.data.max_length)
     recordings = Recordings()
     return either_routing(
         lambda routing: (
@@ -94,11 +94,10 @@ def predict(
     )
 
 
-def choose_target(config: RunConfig, *, gpu: str | None = None) -> Device:
-    """Return the card `gpu`, else memory.gpu, else this machine's card, else its CPU."""
-    named = gpu or config.memory.gpu
-    if named is not None:
-        return find_device(named)
+def choose_target(gpu: str | None) -> Device:
+    """Return the card of that name, else this machine's card, else its CPU."""
+    if gpu is not None:
+        return find_device(gpu)
     return next(iter(this_machine()), None) or cpu_device()
 
 
@@ -135,8 +134,10 @@ def predict_run(
         )
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
-    recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
-    trace = _complete_trace(config, recorded, num_shards=num_shards)
+    recorded = (recordings or Recordings()).step(
+        config, passes, target=cuda_target(config.model, device)
+    )
+    trace = _complete_trace(config.model, recorded, num_shards=num_shards)
     is_here = device.kind == "cpu" or device.uuid is not None
     here = circumstances(device, config.model.source) if is_here else None
     residuals = read_residuals(here) if here else ()
@@ -147,7 +148,7 @@ def predict_run(
 
     def complete(prediction: Prediction) -> Prediction:
         if program_bytes is not None:
-            prediction = _in_process(prediction, config, limited, program_bytes=program_bytes)
+            prediction = _in_process(prediction, config.model, limited, program_bytes=program_bytes)
         interval = prediction.device_interval
         if interval is not None and residuals:
             interval = widen(interval, residuals, reserved_bytes=prediction.peak_reserved_bytes)
@@ -174,12 +175,12 @@ def predict_run(
     )
 
 
-def _complete_trace(config: RunConfig, recorded: RecordedStep, *, num_shards: int) -> MemoryTrace:
+def _complete_trace(model: ModelConfig, recorded: RecordedStep, *, num_shards: int) -> MemoryTrace:
     """Return the recorded trace with the notes on the run, and with its weights sharded."""
-    trace = replace(recorded.trace, source=(*recorded.trace.source, *stated(config)))
-    if config.model.shard == "none":
+    trace = replace(recorded.trace, source=(*recorded.trace.source, *stated(model)))
+    if model.shard == "none":
         return trace
-    held_bytes = gathered_bytes(config.model, recorded.precision, num_shards=num_shards)
+    held_bytes = gathered_bytes(model, recorded.precision, num_shards=num_shards)
     return sharded(trace, num_shards=num_shards, gathered_bytes=held_bytes)
 
 
@@ -197,7 +198,7 @@ def gathered_bytes(model: ModelConfig, precision: Precision, *, num_shards: int)
     At the end, the gradients of the parameters outside of the layers are summed.
     """
     built = load_model(model, torch.device("meta"), precision=precision)
-    layers = dealt_layers(built)
+    layers = gathered_layers(built)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = _GroupBytes.of([p for p in built.parameters() if id(p) not in inside], num_shards)
     every = (_GroupBytes.of(list(layer.parameters()), num_shards) for layer in layers)
@@ -227,19 +228,18 @@ class _GroupBytes:
         )
 
 
-def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:
+def cuda_target(model: ModelConfig, device: Device) -> CudaTarget | None:
     if device.kind == "cpu":
         return None
     return CudaTarget(
         device.compute_capability or OLDEST_FLASH,
-        config.model.attention,
+        model.attention,
         multiprocessors=device.multiprocessors,
     )
 
 
-def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> int:
+def rows_per_micro_batch(batch: BatchConfig, device: Device, row_tokens: int) -> int:
     """Return how many samples a micro-batch has if all are as long as the longest."""
-    batch = config.batch
     if batch.micro_rows is not None:
         return min(batch.micro_rows, batch.rows_per_step)
     auto = CPU_MICRO_TOKENS if device.kind == "cpu" else CUDA_MICRO_TOKENS
@@ -252,31 +252,32 @@ def heaviest_passes(
 ) -> list[Pass]:
     """Return what `steady_passes` returns for samples that are all as long as the longest."""
     length = row_tokens or config.data.max_length
-    num_rows = min(2 * rows_per_micro_batch(config, device, length), config.batch.rows_per_step)
-    rows = longest_rows(config, num_rows=num_rows, row_tokens=length)
-    evaluated = config.data.eval is not None or config.data.eval_fraction > 0
+    num_rows = min(
+        2 * rows_per_micro_batch(config.batch, device, length), config.batch.rows_per_step
+    )
+    rows = longest_rows(length, num_rows=num_rows)
     return steady_passes(
         config.optim,
         Pass("train", rows),
-        evaluation=Pass("eval", rows, most_micro_batches=1) if evaluated else None,
+        evaluation=Pass("eval", rows, most_micro_batches=1) if config.data.is_evaluated else None,
     )
 
 
 def _in_process(
-    prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int
+    prediction: Prediction, model: ModelConfig, device: Device, *, program_bytes: int
 ) -> Prediction:
     """Add to a prediction for the CPU the memory of the process itself.
 
     The process occupies what the C library holds for the tensors, and the memory of the program.
     """
-    method: Literal["full", "lora"] = "full" if config.model.method == "full" else "lora"
-    habit = allocator_habit(method, recomputes=config.model.recompute not in ("auto", "off"))
+    method: Literal["full", "lora"] = "full" if model.method == "full" else "lora"
+    habit = allocator_habit(method, recomputes=model.recompute not in ("auto", "off"))
     live = prediction.peak_allocated_bytes
     low, expected, high = habit.resident_bytes(live)
     device_bytes = expected + program_bytes
     least, most = format_bytes(low - live), format_bytes(high - live)
     reason = f"{habit.name} was measured to keep {least} to {most} beside tensors"
-    does_not_fit = None if config.model.compile else False
+    does_not_fit = None if model.compile else False
     return replace(
         prediction,
         peak_reserved_bytes=expected,

@@ -70,8 +70,8 @@ def choose_plan(
     Raises what the checks of the configuration and of the model raise.
     """
     notify = on_stage or _ignore
-    num_shards = shards_of(config, num_gpus)
-    limits = limits or find_limits(config, gpu=gpu)
+    num_shards = shards_of(config.model, num_gpus)
+    limits = limits or find_limits(config.memory, gpu=gpu)
     if num_shards == 1:
         limits = keep_bucket(limits, num_gpus)
     if lengths is None:
@@ -122,15 +122,15 @@ class _Search:
         #: the settings that do not change the result, and those of them whose optimizer updates
         #: on the host
         self.choices = list(same_choices(self.config, self.lengths, on_card=on_card))
-        self.on_host = host_choices(self.config, self.choices) if on_card else []
+        self.on_host = (
+            host_choices(self.config.model, self.config.optim, self.choices) if on_card else []
+        )
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         #: why settings were left out, in order (a dict, so that each message is there once)
         self.refused: dict[str, None] = {}
         self.too_long: TooLongError | None = None
-        batch = self.config.batch
-        is_open = batch.micro_rows is None and batch.micro_tokens == "auto"
-        self.configured = None if is_open else self.choices[0]
+        self.configured = None if self.config.batch.is_micro_open else self.choices[0]
         self.num_expected = 0
         self.skips_hopeless = False
 
@@ -139,17 +139,13 @@ class _Search:
         self.num_expected, self.skips_hopeless = len(self.choices), False
         # The first variant is predicted alone: its imports and recordings are of use to both
         # processes that predict the others.
-        self.look_at(
-            [choice for choice in self.choices if choice.variant == self.choices[0].variant]
-        )
+        self.look_at(self.of_variant(self.choices[0]))
         # Gradient checkpointing makes no setting faster, so the fastest of these is the base of
         # the proposals, unless nothing fits.
         self.look_at([*self.choices, *self.proposals(min(self.looked_at, key=self.order))])
         self.look_at(self.worth_updating_on_host(self.fastest()))
         chosen = self.fastest()
-        same = {
-            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
-        }
+        same = self.same_result()
         smallest = min(same, key=lambda choice: same[choice].device_bytes)
         proposed = self.best_proposals(
             smallest if chosen is None else min(same, key=self.order), chosen or smallest
@@ -166,10 +162,7 @@ class _Search:
         would change the result are only proposed where nothing fits.
         """
         self.skips_hopeless = True
-        leanest = next(
-            choice for choice in self.choices if choice.variant == self.choices[-1].variant
-        )
-        first = [choice for choice in self.choices if choice.variant == self.choices[0].variant]
+        leanest, first = self.of_variant(self.choices[-1])[0], self.of_variant(self.choices[0])
         self.num_expected = len({*first, leanest})
         self.look_at(first)
         chosen = self.lean()
@@ -178,13 +171,19 @@ class _Search:
         self.look_at([leanest])
         return chosen
 
+    def of_variant(self, wanted: Choice) -> list[Choice]:
+        """Return the settings that differ from `wanted` in the size of micro-batches alone."""
+        return [choice for choice in self.choices if choice.variant == wanted.variant]
+
+    def same_result(self) -> dict[Choice, Forecast]:
+        """Return the settings predicted so far that do not change the result."""
+        return {
+            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
+        }
+
     def fastest(self) -> Choice | None:
         """Return the fastest setting that was predicted to fit and does not change the result."""
-        same = (
-            choice
-            for choice, found in self.looked_at.items()
-            if found.fits and choice.result == "same"
-        )
+        same = (choice for choice, found in self.same_result().items() if found.fits)
         return min(same, key=self.order, default=None)
 
     def nearest(self) -> Choice | None:
@@ -192,9 +191,7 @@ class _Search:
 
         An upper bound that exceeds the limit does not prove that the setting does not fit.
         """
-        same = {
-            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
-        }
+        same = self.same_result()
         return min(same, key=lambda choice: same[choice].device_bytes, default=None)
 
     def worth_updating_on_host(self, chosen: Choice | None) -> list[Choice]:
@@ -215,7 +212,7 @@ class _Search:
         """Return variants of `choice` that would change the result, for the user to decide on."""
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
         float32 = self.looked_at[choice].precision == "float32" and half_is_fast
-        return list(proposals(self.config, choice, float32=float32))
+        return list(proposals(self.config.model, self.config.optim, choice, float32=float32))
 
     def best_proposals(self, base: Choice, marked: Choice) -> list[Choice]:
         """Return each proposal with the fastest of its micro-batches that fits.
@@ -451,7 +448,12 @@ class _Search:
                 context_bytes=shown.context_bytes,
             ),
             budget_bytes=self.limits.budget_bytes,
-            data=planned_data(self.whole, self.lengths, num_gpus=self.num_gpus),
+            data=planned_data(
+                self.lengths,
+                max_length=self.whole.data.max_length,
+                rows_per_step=self.whole.batch.rows_per_step,
+                num_gpus=self.num_gpus,
+            ),
             training=plan_training(self.whole, self.lengths, precision=shown.precision),
             candidates=tuple(
                 candidate_of(

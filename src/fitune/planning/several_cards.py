@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fitune.allocator.prediction import Prediction
-from fitune.config import BatchConfig, RunConfig
+from fitune.config import BatchConfig, ModelConfig, RunConfig
 from fitune.distributed.processes import BUCKET_BYTES
 from fitune.planning.limits import MemoryLimits
 from fitune.planning.plan import Candidate
@@ -29,9 +29,9 @@ def share_of(config: RunConfig, num_gpus: int) -> RunConfig:
     return config.model_copy(update={"batch": share})
 
 
-def shards_of(config: RunConfig, num_gpus: int) -> int:
+def shards_of(model: ModelConfig, num_gpus: int) -> int:
     """Return the number of cards that the weights are sharded over."""
-    return 1 if config.model.shard == "none" else num_gpus
+    return 1 if model.shard == "none" else num_gpus
 
 
 def keep_bucket(limits: MemoryLimits, num_gpus: int) -> MemoryLimits:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from fitune.config import ModelConfig, RunConfig
+from fitune.config import ModelConfig
 from fitune.model.formats import weights_format
 from fitune.model.load import ignored_code, load_config, load_model
 from fitune.model.quantise import not_quantised
@@ -13,10 +13,10 @@ from fitune.planning.plan import CODE_IGNORED, NOT_PACKED, UNPACKED
 from fitune.recorder.events import COMPILED
 
 
-def stated(config: RunConfig) -> Iterator[str]:
+def stated(model: ModelConfig) -> Iterator[str]:
     """Yield the notes on a run of this configuration."""
-    yield from model_notes(config.model)
-    if config.model.compile:
+    yield from model_notes(model)
+    if model.compile:
         yield COMPILED
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from fitune.errors import OutOfMemoryError
 from fitune.recovery.attempt import Attempt
-from fitune.recovery.failure import LATE, Failure, no_room
+from fitune.recovery.failure import LATE, Failure, missing_memory
 from fitune.step.progress import P
 
 #: Attempts at one step. Halving reaches a single sample in 20 attempts from a million padded
@@ -29,7 +29,8 @@ def choose_action(
     """
     if len(failures) + 1 >= MOST_ATTEMPTS:
         raise OutOfMemoryError(
-            f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory"
+            f"{missing_memory(failure)} after {MOST_ATTEMPTS} attempts: "
+            "another process takes the memory"
         )
     if failure.place in LATE:
         return _do_again(failure, failures)
@@ -41,13 +42,14 @@ def choose_action(
             return action
     applied = attempt.protection.applied
     tried = f" and with {', '.join(applied)}" if applied else ""
-    raise OutOfMemoryError(f"{no_room(failure)}, alone{tried}: {attempt.protection.way_out}")
+    raise OutOfMemoryError(f"{missing_memory(failure)}, alone{tried}: {attempt.protection.way_out}")
 
 
 def _do_again(failure: Failure, failures: Sequence[Failure]) -> str:
     if sum(earlier.place in LATE for earlier in failures) + 1 >= MOST_LATE_FAILURES:
         raise OutOfMemoryError(
-            f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
+            f"{missing_memory(failure)}, which no smaller micro-batch needs less for: "
+            "use optim.name=adamw"
         )
     return "the step is done again"
 

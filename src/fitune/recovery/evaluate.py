@@ -15,7 +15,7 @@ from fitune.data.unpacking import split_again
 from fitune.distributed.sharding import AbortedError, Shards
 from fitune.errors import OutOfMemoryError
 from fitune.machine.out_of_memory import memory_failure, needed_bytes, release_memory
-from fitune.recovery.failure import ELSEWHERE, Failure, no_room
+from fitune.recovery.failure import ELSEWHERE, Failure, missing_memory
 from fitune.step.evaluate import EvalResult, EvalTotals, evaluation_mode
 from fitune.step.work import StepSettings
 
@@ -37,14 +37,14 @@ def safe_evaluate(
     micro_batches: Iterable[MicroBatch],
     *,
     settings: StepSettings,
-    room: Callable[[], int | None],
+    query_free_bytes: Callable[[], int | None],
     most_positions: int | None = None,
     quarantine: bool = False,
     shards: Shards | None = None,
 ) -> SafeEvaluation:
     """Evaluate as `evaluate` does, with smaller micro-batches each time memory runs out.
 
-    room: returns the free bytes.
+    query_free_bytes: returns the free bytes.
     most_positions: the size that an earlier evaluation found to fit.
     shards: if the model is sharded, its processes compute each pass together, and a process that
         fails repeats its samples.
@@ -73,7 +73,7 @@ def safe_evaluate(
                 shards.take_back()
             release_memory(device)
             if failure is not ELSEWHERE:
-                failure = replace(failure, free_bytes=room())
+                failure = replace(failure, free_bytes=query_free_bytes())
                 if len(failure.row_ids) > 1:
                     most_positions = failure.num_positions // 2
                     pending = _at_most(pending, most_positions)
@@ -83,7 +83,7 @@ def safe_evaluate(
                     action = f"sample {failure.row_ids[0]} is not evaluated"
                 else:
                     raise OutOfMemoryError(
-                        f"{no_room(failure)}: lower data.max_length, or leave such samples out with "
+                        f"{missing_memory(failure)}: lower data.max_length, or leave such samples out with "
                         "memory.on_oom=quarantine"
                     )
                 failure = replace(failure, action=action)

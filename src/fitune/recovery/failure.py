@@ -56,7 +56,7 @@ class Failure:
 ELSEWHERE = Failure(place="elsewhere")
 
 
-def no_room(failure: Failure) -> str:
+def missing_memory(failure: Failure) -> str:
     """Return the beginning of a message that says how much memory was missing where."""
     needed = "" if failure.needed_bytes is None else f" for {format_bytes(failure.needed_bytes)}"
     return f"no memory{needed} in the {failure.where} with {format_bytes(failure.free_bytes)} free"

@@ -6,13 +6,10 @@ from torch import nn
 
 from fitune.config import Auto, Loss, Recompute
 from fitune.data.rows import MicroBatch
-from fitune.model.head import Head, decoder_and_head
 from fitune.model.recompute import recomputable_layers, set_recompute
 from fitune.recovery.protection import Fallback
 from fitune.step.progress import Work
 from fitune.step.work import StepSettings, micro_batch_work
-
-SMALL_CHUNK_TOKENS = 32
 
 
 def allowed_fallbacks(
@@ -28,21 +25,17 @@ def allowed_fallbacks(
     may_recompute = recompute == "auto" and bool(layers)
     if may_recompute and not all(layer.gradient_checkpointing for layer in layers):
         fallbacks.append(Fallback("model.recompute=full", _recompute))
-    head = settings.loss.head
-    # Finding the head runs a forward, which a process of a sharded model cannot do alone.
-    is_open = head is None and loss == "auto" and settings.shards is None
-    found = decoder_and_head(model) if is_open else head
-    if isinstance(found, Head) and (
-        head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS
-    ):
-        smaller = replace(
-            settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS)
-        )
+    # A search in the model runs a forward, which a process of a sharded model cannot do alone.
+    may_search = loss == "auto" and settings.shards is None
+    smaller = settings.objective.smaller(model if may_search else None)
+    if smaller is not None:
+        objective, name = smaller
+        changed = replace(settings, objective=objective)
         fallbacks.append(
             Fallback(
-                f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time",
+                name,
                 lambda work: replace(
-                    micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler),
+                    micro_batch_work(work.model, work.optimizer, changed, scaler=work.scaler),
                     clip=work.clip,
                 ),
             )

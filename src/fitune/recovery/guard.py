@@ -22,10 +22,10 @@ import numpy as np
 from fitune.allocator.prediction import Prediction
 from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.config import RunConfig
-from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.packing import lay_out
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import Batch, MicroBatch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.distributed.processes import Ranks
 from fitune.errors import FituneError
 from fitune.machine.out_of_memory import release_memory, release_workspaces, try_twice
@@ -34,9 +34,9 @@ from fitune.recovery.divisibility import ProbeSamples, Verdict, check_model
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.failure import Failure
 from fitune.recovery.fallbacks import allowed_fallbacks
-from fitune.recovery.observed import observed, room_bytes, survivable
+from fitune.recovery.observed import allocatable_bytes, observed, survivable
 from fitune.recovery.protection import Protection
-from fitune.recovery.size_control import RUNG, MemoryModel, choose_size, memory_model
+from fitune.recovery.size_control import LEVEL_RATIO, MemoryModel, choose_size, memory_model
 from fitune.recovery.step import SafeResult, read_norms, safe_step, try_pieces
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import EvalResult, merge_evaluations
@@ -78,7 +78,7 @@ class Guard:
                 setup.model, setup.settings, recompute=config.model.recompute, loss=config.loss
             ),
             quarantine=config.memory.on_oom == "quarantine",
-            room=self._free_bytes,
+            query_free_bytes=self._free_bytes,
             way_out=_way_out(config),
         )
         self._device = self.protection.device
@@ -90,11 +90,10 @@ class Guard:
             examples, setup, rows_per_step=config.batch.rows_per_step, num_ranks=self._ranks.size
         )
         planned = setup.layout.micro_tokens or self._heaviest[0].num_positions
-        is_open = config.batch.micro_rows is None and config.batch.micro_tokens == "auto"
-        may_grow = config.memory.grow and is_open and self._device.type == "cuda"
+        may_grow = config.memory.grow and config.batch.is_micro_open and self._device.type == "cuda"
         self.memory = MemoryModel(
             planned=planned,
-            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG)))
+            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, LEVEL_RATIO)))
             if may_grow
             else 0,
             prior_slope=_predicted_slope(predicted, planned),
@@ -107,7 +106,7 @@ class Guard:
     @property
     def is_as_planned(self) -> bool:
         """Whether micro-batches have the size that was predicted."""
-        return self.memory.rung == 0
+        return self.memory.level == 0
 
     def start(self) -> None:
         """Prepare the first step, and report what the check of the model found.
@@ -181,7 +180,7 @@ class Guard:
         Raises what `safe_step` raises.
         """
         self.free_bytes = self._free_bytes()
-        part = deal(batch, self._ranks.size)[self._ranks.rank]
+        part = split_by_rank(batch, self._ranks.size)[self._ranks.rank]
         if not keep_plan:
             size = choose_size(self.memory, self.free_bytes)
             if self._shards is not None:
@@ -233,7 +232,7 @@ class Guard:
                 self.protection.work.model,
                 micro_batches,
                 settings=self._setup.settings,
-                room=self._free_bytes,
+                query_free_bytes=self._free_bytes,
                 most_positions=self._eval_most_positions,
                 quarantine=self.protection.quarantine,
                 shards=self._shards,
@@ -262,7 +261,7 @@ class Guard:
         content = every[self._ranks.rank if self._ranks.rank < len(every) else 0]
         if content["memory"]["planned"] == self.memory.planned:
             self.memory = memory_model(content["memory"])
-            self._reported_level = self.memory.rung
+            self._reported_level = self.memory.level
         self.protection.quarantined = set(content["quarantined"])
         self.apply_fallbacks(content["reliefs"])
         self._eval_most_positions = content["eval_most_positions"]
@@ -273,7 +272,7 @@ class Guard:
         try:
             yield
         except FituneError as error:
-            self._ranks.tell(error)
+            self._ranks.send_error(error)
             raise
 
     def _peers(self, batch: Batch) -> Alone:
@@ -305,7 +304,7 @@ class Guard:
             self._report("out_of_memory", str(failure))
 
     def _report_size(self, free_bytes: int | None) -> None:
-        before, now = self._reported_level, self.memory.rung
+        before, now = self._reported_level, self.memory.level
         if now != before:
             self._reported_level = now
             size = self.memory.size(now)
@@ -319,15 +318,18 @@ class Guard:
         return self.memory.fits(num_positions, self._free_bytes())
 
     def _free_bytes(self) -> int | None:
-        bounds = [room_bytes(self._device)]
+        bounds = [allocatable_bytes(self._device)]
         if self._budget_bytes is not None:
             bounds.append(max(self._budget_bytes - held_bytes(self._device), 0))
         return min((each for each in bounds if each is not None), default=None)
 
     def _check_model(self) -> Verdict:
         settings, layout = self._setup.settings, self._setup.layout
-        rows = [_probe_row(number, *size) for number, size in enumerate(PROBE_ROWS)]
-        masked = Row(0, rows[0].input_ids, np.zeros_like(rows[0].loss_weights))
+        rows = [
+            settings.objective.made_up_row(row_id, np.arange(1, num_tokens + 1), num_targets)
+            for row_id, (num_tokens, num_targets) in enumerate(PROBE_ROWS)
+        ]
+        masked = settings.objective.made_up_row(0, rows[0].input_ids, 0)
         both = lay_out(rows, packed=layout.packed)
         first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
         return check_model(
@@ -353,12 +355,6 @@ def _way_out(config: RunConfig) -> str:
     return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 
-def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
-    weights = np.zeros(num_tokens, np.float32)
-    weights[num_tokens - num_targets :] = 1
-    return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
-
-
 def _heaviest(
     examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int
 ) -> list[MicroBatch]:
@@ -367,7 +363,7 @@ def _heaviest(
     The second one finds the gradients of the first already allocated.
     """
     longest = np.argsort(-examples.lengths, kind="stable")[:rows_per_step]
-    part = deal(Batch(tuple(examples[int(row)] for row in longest)), num_ranks)[0]
+    part = split_by_rank(Batch(tuple(examples[int(row)] for row in longest)), num_ranks)[0]
     micro_batches = setup.layout.split(part)
     largest = max(micro_batches, key=lambda micro_batch: micro_batch.num_positions)
     return [largest] * min(len(micro_batches), 2)

@@ -23,7 +23,7 @@ from fitune.recovery.step import SafeResult, safe_step
 from fitune.step.progress import P
 
 
-def room_bytes(device: torch.device) -> int | None:
+def allocatable_bytes(device: torch.device) -> int | None:
     """Return how many bytes the process can still allocate, or None if that is unknown.
 
     On a CPU the limit of the process's control group counts too.

@@ -36,7 +36,7 @@ class Protection(Generic[P]):
     #: row ids of the samples that are left out
     quarantined: set[int] = field(default_factory=set)
     #: returns the free bytes; if None, the device is queried
-    room: Callable[[], int | None] | None = None
+    query_free_bytes: Callable[[], int | None] | None = None
     #: the buffers that a forward changes, once they are known
     changing_buffers: list[tuple[nn.Module, str]] | None = None
     #: what the user can do if nothing helps, as a clause
@@ -47,7 +47,9 @@ class Protection(Generic[P]):
         return next(self.work.model.parameters()).device
 
     def free_bytes(self) -> int | None:
-        return usable_bytes(self.device) if self.room is None else self.room()
+        return (
+            usable_bytes(self.device) if self.query_free_bytes is None else self.query_free_bytes()
+        )
 
     def apply(self, name: str) -> None:
         """Apply the fallback of this name from now on, if there is one that is not in force yet."""

@@ -1,8 +1,8 @@
 """Chooses the size of micro-batches during a run, from a memory model that learns from each step.
 
 A size is the number of padded tokens of a micro-batch. Sizes have levels, each sqrt(2) times as
-large as the one below; level 0 is the planned size. (Checkpoints store a level under the name
-`rung`.) The bytes that a step needs, in addition to what is allocated before it, are modelled as
+large as the one below; level 0 is the planned size. The bytes that a step needs, in addition to
+what is allocated before it, are modelled as
 
     need(size) = fixed + slope * size
 
@@ -32,9 +32,9 @@ LIFTED_FACTOR = 1.5
 FORGET = 0.95
 #: A level above the plan must increase tokens per second by this fraction.
 LEAST_GAIN_FRACTION = 0.02
-LOWEST_RUNG = -24
+LOWEST_LEVEL = -24
 #: the ratio of the sizes of neighbouring levels
-RUNG = 2**0.5
+LEVEL_RATIO = 2**0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class MemoryModel:
     #: the level that is never exceeded; 0 unless the run may grow
     highest: int = 0
     #: the present level
-    rung: int = 0
+    level: int = 0
     step: int = 0
     #: steps in a row without a failure
     clean_steps: int = 0
@@ -89,8 +89,8 @@ class MemoryModel:
     prior_slope: float = 0.0
     num_changes: int = 0
 
-    def size(self, rung: int) -> int:
-        return max(int(self.planned * RUNG**rung), 1)
+    def size(self, level: int) -> int:
+        return max(int(self.planned * LEVEL_RATIO**level), 1)
 
     def need_bytes(self, size: int) -> float | None:
         """Return the bytes that a step at this size needs, or None before anything was measured."""
@@ -119,9 +119,11 @@ class MemoryModel:
 
 def memory_model(content: Mapping[str, Any]) -> MemoryModel:
     """Build the model from the dict that `dataclasses.asdict` made of it, or from its JSON."""
-    model = MemoryModel(**content)
-    model.bans = {int(rung): _Ban(**ban) for rung, ban in content["bans"].items()}
-    model.speeds = {int(rung): speed for rung, speed in content["speeds"].items()}
+    # checkpoints of earlier versions have the level under the name `rung`
+    renamed = {"level" if name == "rung" else name: value for name, value in content.items()}
+    model = MemoryModel(**renamed)
+    model.bans = {int(level): _Ban(**ban) for level, ban in content["bans"].items()}
+    model.speeds = {int(level): speed for level, speed in content["speeds"].items()}
     return model
 
 
@@ -133,26 +135,28 @@ def raise_plan(model: MemoryModel, size: int) -> None:
     """
     if size <= model.planned:
         return
-    shift = math.ceil(math.log(size / model.planned, RUNG))
+    shift = math.ceil(math.log(size / model.planned, LEVEL_RATIO))
     model.planned = size
-    model.bans = {rung - shift: ban for rung, ban in model.bans.items()}
-    if model.rung < 0:
-        model.rung = max(model.rung - shift, LOWEST_RUNG)
+    model.bans = {level - shift: ban for level, ban in model.bans.items()}
+    if model.level < 0:
+        model.level = max(model.level - shift, LOWEST_LEVEL)
 
 
 def choose_size(model: MemoryModel, free_bytes: int | None) -> int:
     """Return the largest size that a micro-batch of the next step may have."""
-    before = model.rung
+    before = model.level
     if (grown := _grown(model, free_bytes)) > before:
-        model.rung, model.clean_steps = grown, 0
-    elif free_bytes is not None and not _may_fit(model, model.rung, free_bytes):
-        lower = range(model.rung - 1, LOWEST_RUNG - 1, -1)
+        model.level, model.clean_steps = grown, 0
+    elif free_bytes is not None and not _may_fit(model, model.level, free_bytes):
+        lower = range(model.level - 1, LOWEST_LEVEL - 1, -1)
         # If no size would fit, memory that does not depend on the size is the problem, and a
         # smaller size would only be slower.
-        model.rung = next((rung for rung in lower if _may_fit(model, rung, free_bytes)), model.rung)
+        model.level = next(
+            (level for level in lower if _may_fit(model, level, free_bytes)), model.level
+        )
         model.clean_steps = 0
-    model.num_changes += model.rung != before
-    return model.size(model.rung)
+    model.num_changes += model.level != before
+    return model.size(model.level)
 
 
 def learn(model: MemoryModel, seen: Observation) -> None:
@@ -166,25 +170,25 @@ def learn(model: MemoryModel, seen: Observation) -> None:
             else int((1 - MARGIN_FRACTION) * seen.free_bytes)
         )
         _measure(model, seen.size, min(seen.need_bytes, most))
-    before = model.rung
+    before = model.level
     if seen.failed_size is not None:
         if (
             seen.free_bytes is not None
             and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes
         ):
             _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least as much
-        while model.rung > LOWEST_RUNG and model.size(model.rung) >= seen.failed_size:
-            _ban(model, model.rung, seen.free_bytes)
-            model.rung -= 1
+        while model.level > LOWEST_LEVEL and model.size(model.level) >= seen.failed_size:
+            _ban(model, model.level, seen.free_bytes)
+            model.level -= 1
         model.clean_steps = 0
-    elif seen.num_alloc_retries and model.rung > LOWEST_RUNG:
-        _ban(model, model.rung, None)
-        model.rung, model.clean_steps = model.rung - 1, 0
+    elif seen.num_alloc_retries and model.level > LOWEST_LEVEL:
+        _ban(model, model.level, None)
+        model.level, model.clean_steps = model.level - 1, 0
     else:
         model.clean_steps += 1
         if seen.tokens_per_second is not None:
             _time(model, seen.tokens_per_second)
-    model.num_changes += model.rung != before
+    model.num_changes += model.level != before
 
 
 def _measure(model: MemoryModel, size: int, need_bytes: int) -> None:
@@ -194,8 +198,8 @@ def _measure(model: MemoryModel, size: int, need_bytes: int) -> None:
     model.lift_bytes = max(FORGET * model.lift_bytes, need_bytes - fixed - slope * size)
 
 
-def _may_fit(model: MemoryModel, rung: int, free_bytes: int) -> bool:
-    need = model.need_bytes(model.size(rung))
+def _may_fit(model: MemoryModel, level: int, free_bytes: int) -> bool:
+    need = model.need_bytes(model.size(level))
     return need is None or need <= (1 - MARGIN_FRACTION) * free_bytes
 
 
@@ -205,22 +209,24 @@ def _grown(model: MemoryModel, free_bytes: int | None) -> int:
     Below the plan it is the highest level up to the plan that fits. Above the plan it is the next
     level, as long as the last one was faster.
     """
-    if model.clean_steps < CLEAN_STEPS or model.rung >= model.highest:
-        return model.rung
-    if model.rung > 0 and not _gained(model):
-        model.highest = model.rung
-        return model.rung
-    upper = range(min(model.highest, max(model.rung + 1, 0)), model.rung, -1)
-    return next((rung for rung in upper if _has_room(model, rung, free_bytes)), model.rung)
+    if model.clean_steps < CLEAN_STEPS or model.level >= model.highest:
+        return model.level
+    if model.level > 0 and not _gained(model):
+        model.highest = model.level
+        return model.level
+    upper = range(min(model.highest, max(model.level + 1, 0)), model.level, -1)
+    return next(
+        (level for level in upper if _has_memory_for(model, level, free_bytes)), model.level
+    )
 
 
-def _has_room(model: MemoryModel, rung: int, free_bytes: int | None) -> bool:
-    ban = model.bans.get(rung)
+def _has_memory_for(model: MemoryModel, level: int, free_bytes: int | None) -> bool:
+    ban = model.bans.get(level)
     if ban is not None and model.step < ban.until_step and not _is_lifted(ban, free_bytes):
         return False
-    need = model.need_bytes(model.size(rung))
+    need = model.need_bytes(model.size(level))
     if need is None or free_bytes is None:
-        return rung <= 0
+        return level <= 0
     return need <= GROW_FRACTION * free_bytes
 
 
@@ -236,24 +242,24 @@ def _is_lifted(ban: _Ban, free_bytes: int | None) -> bool:
     )
 
 
-def _ban(model: MemoryModel, rung: int, free_bytes: int | None) -> None:
+def _ban(model: MemoryModel, level: int, free_bytes: int | None) -> None:
     """Ban a level, twice as long as before if it failed again soon.
 
     A level that succeeded for four times as long as its last ban starts with a short ban again.
     """
-    last = model.bans.get(rung)
+    last = model.bans.get(level)
     num_steps = FIRST_BAN_STEPS
     if last is not None and model.step - last.until_step < 4 * last.num_steps:
         num_steps = min(2 * last.num_steps, LONGEST_BAN_STEPS)
-    model.bans[rung] = _Ban(model.step + num_steps, num_steps, free_bytes)
+    model.bans[level] = _Ban(model.step + num_steps, num_steps, free_bytes)
 
 
 def _time(model: MemoryModel, tokens_per_second: float) -> None:
-    before = model.speeds.get(model.rung, tokens_per_second)
-    model.speeds[model.rung] = before + (tokens_per_second - before) / CLEAN_STEPS
+    before = model.speeds.get(model.level, tokens_per_second)
+    model.speeds[model.level] = before + (tokens_per_second - before) / CLEAN_STEPS
 
 
 def _gained(model: MemoryModel) -> bool:
     """Return whether the present level is faster than the one below, if both were measured."""
-    now, below = model.speeds.get(model.rung), model.speeds.get(model.rung - 1)
+    now, below = model.speeds.get(model.level), model.speeds.get(model.level - 1)
     return now is None or below is None or now >= (1 + LEAST_GAIN_FRACTION) * below

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune.boundary import told_as
+from fitune.boundary import raised_as
 from fitune.errors import RunDirectoryError
 from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable
@@ -30,7 +30,7 @@ from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
 from fitune.report.compare import ComparedRun, Comparison
 from fitune.report.run_on_disk import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
 from fitune.report.suggestion import Advice
-from fitune.report.verdicts import outcome, verdicts
+from fitune.report.verdicts import finite_loss, outcome, verdicts
 from fitune.run.directory import OUTPUT_KEY, write_atomically
 from fitune.units import format_bytes, format_count, format_seconds
 
@@ -54,7 +54,7 @@ def page(comparison: Comparison) -> str:
     Raises RunDirectoryError if the runs' files contain other values than a run writes.
     """
     names = ", ".join(row.run.path for row in comparison.rows)
-    with told_as(
+    with raised_as(
         RunDirectoryError,
         f"what {names} holds cannot be shown",
         "remove the damaged one of data.json, env.json, peak.json and plan.json",
@@ -102,7 +102,7 @@ def _page(comparison: Comparison) -> str:
 
 def _body(comparison: Comparison, drawn: Sequence[Picture], *, title: str) -> str:
     runs = [row.run for row in comparison.rows]
-    best = next(iter(sorted(comparison.rows, key=_eval_loss)), None)
+    best = next(iter(sorted(comparison.rows, key=finite_loss)), None)
     advice = [] if best is None else advise(best.run, comparison)
     losses = _axis_switch(drawn) + _plots(drawn, "loss", "lr", "grad_norm", "noise")
     peak = _plots(drawn, "microscope") + _largest(runs)
@@ -367,12 +367,6 @@ def _machine(run: RecordedRun) -> Iterator[str]:
     for device in (*(env.get("cards") or ()), env.get("cpu")):
         if isinstance(device, dict) and device.get("name"):
             yield str(device["name"])
-
-
-def _eval_loss(row: ComparedRun) -> float:
-    """Return a sort key: the eval loss, or infinity if it is unknown."""
-    loss = row.eval_loss
-    return loss if loss is not None and np.isfinite(loss) else float("inf")
 
 
 def _figure(picture: Picture) -> dict[str, Any]:

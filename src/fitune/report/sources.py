@@ -7,7 +7,7 @@ another trainer.
 from collections.abc import Iterator
 from pathlib import Path
 
-from fitune.boundary import told_as
+from fitune.boundary import raised_as
 from fitune.errors import RunDirectoryError
 from fitune.report.other_trainers import find_foreign
 from fitune.report.run_on_disk import (
@@ -29,7 +29,9 @@ def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
 
     Raises RunDirectoryError if there is none, or if it cannot be read.
     """
-    with told_as(RunDirectoryError, f"{path} cannot be read as a run", "mend it, or leave it out"):
+    with raised_as(
+        RunDirectoryError, f"{path} cannot be read as a run", "mend it, or leave it out"
+    ):
         return _read(path)
 
 

@@ -150,7 +150,7 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
     # micro-batches is more accurate.
     measured = sorted(
         (row for row in comparison.rows if row.effective_batch and _noise_rows(row) is not None),
-        key=lambda row: (row.effective_batch, (last_split(row.run)[1] or 1) < 2, _loss(row)),
+        key=lambda row: (row.effective_batch, (last_split(row.run)[1] or 1) < 2, finite_loss(row)),
     )
     smallest = [row for row in comparison.rows if batches and row.effective_batch == batches[0]]
     small = _lowest(smallest)
@@ -206,7 +206,7 @@ def _rates(comparison: Comparison) -> Iterator[str]:
         best = _lowest(rows)
         others = {
             row.lr: row
-            for row in sorted(rows, key=_loss, reverse=True)
+            for row in sorted(rows, key=finite_loss, reverse=True)
             if best and row.lr != best.lr
         }
         if best is None or not others:
@@ -271,15 +271,15 @@ def _difference(comparison: Comparison, row: ComparedRun, other: ComparedRun) ->
     return say("{change} (95 %: {low} to {high}, within chance)", **values)
 
 
-def _loss(row: ComparedRun) -> float:
+def finite_loss(row: ComparedRun) -> float:
     """Return the eval loss, or infinity if it is unknown."""
     loss = row.eval_loss
     return loss if loss is not None and np.isfinite(loss) else float("inf")
 
 
 def _lowest(rows: list[ComparedRun]) -> ComparedRun | None:
-    known = [row for row in rows if np.isfinite(_loss(row))]
-    return min(known, key=_loss, default=None)
+    known = [row for row in rows if np.isfinite(finite_loss(row))]
+    return min(known, key=finite_loss, default=None)
 
 
 def outcome(row: ComparedRun) -> str:

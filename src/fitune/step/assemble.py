@@ -7,6 +7,7 @@ recorded for a prediction is assembled by the same code as the step that trains.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
@@ -19,17 +20,16 @@ from fitune.batch_size.scaling import (
     settings_of,
     with_settings,
 )
-from fitune.config import Recompute, RunConfig
+from fitune.config import BatchConfig, EvalConfig, ModelConfig, Recompute, RunConfig
 from fitune.data.packing import group, lay_out, sort_by_length
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.distributed.sharding import ShardPeers, shard_model
-from fitune.errors import ConfigError, ModelError
+from fitune.errors import ConfigError
 from fitune.model.compile import compile_layers
-from fitune.model.head import Head, decoder_and_head
 from fitune.model.packed_attention import can_pack
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
-from fitune.objectives.supervised import LossSettings, choose_chunk_tokens
+from fitune.objectives.supervised import choose_objective
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings
 
@@ -92,8 +92,8 @@ class Setup:
         return self.optim.lr
 
 
-def choose_precision(config: RunConfig, device: torch.device) -> Precision:
-    return resolve_precision(config.model, *device_precision(device))
+def choose_precision(model: ModelConfig, device: torch.device) -> Precision:
+    return resolve_precision(model, *device_precision(device))
 
 
 def assemble(
@@ -113,23 +113,23 @@ def assemble(
     Raises ModelError or ConfigError if the model cannot do what is configured.
     """
     notes = [f"precision {precision.name}: {precision.reason}"]
-    packed, note = packing or choose_packing(model, config)
-    recompute = _set_layers(model, config, device)
-    head, head_note = _choose_head(model, config)
-    notes += [line for line in (note, head_note) if line]
+    packed, note = packing or choose_packing(model, wanted=config.data.packing)
+    recompute = _set_layers(model, config.model, device)
+    objective, loss_note = choose_objective(model, loss=config.loss, device=device)
+    notes += [line for line in (note, loss_note) if line]
     # Compiling and sharding follow the checks above, which run forwards: these would be compiled
     # too, and need the whole model in the host's memory. A recording needs the layers uncompiled.
     if config.model.compile and not is_fake(next(model.parameters())):
         compile_layers(model, device)
     shards = None
     if peers is not None:
-        shards = shard_model(model, peers, device=device, packed=packed)
-    lr = configured_lr(config)
+        idle = objective.made_up_row(0, np.array([1, 2]), 0)
+        shards = shard_model(model, peers, device=device, idle=lay_out([idle], packed=packed))
+    lr = configured_lr(config.optim, config.model.method)
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
         notes.append(scaling_note(config.optim, optim, lr=lr, rows=config.batch.rows_per_step))
-    layout, eval_layout = choose_layouts(config, device, packed=packed)
-    loss = LossSettings() if head is None else LossSettings(head, choose_chunk_tokens(head, device))
+    layout, eval_layout = choose_layouts(config.batch, config.eval, device, packed=packed)
     # A failure in one process of a sharded model makes all of them begin the step again.
     commit = shards is None and _few_are_trained(model)
     return Setup(
@@ -139,7 +139,7 @@ def assemble(
         ),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
         settings=StepSettings(
-            loss, optim.clip, precision.autocast_dtype, commit=commit, shards=shards
+            objective, optim.clip, precision.autocast_dtype, commit=commit, shards=shards
         ),
         layout=layout,
         eval_layout=eval_layout,
@@ -160,49 +160,38 @@ def _few_are_trained(model: nn.Module) -> bool:
 
 
 def choose_layouts(
-    config: RunConfig, device: torch.device, *, packed: bool
+    batch: BatchConfig, evaluation: EvalConfig, device: torch.device, *, packed: bool
 ) -> tuple[Layout, Layout]:
     """Return the layouts of training and evaluation, for packed or padded samples."""
-    layout = _choose_layout(config, device, packed=packed)
-    return layout, layout if config.eval.micro == "auto" else Layout(
-        packed, config.eval.micro, None
-    )
+    layout = _choose_layout(batch, device, packed=packed)
+    if evaluation.micro == "auto":
+        return layout, layout
+    return layout, Layout(packed, evaluation.micro, None)
 
 
-def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Recompute:
-    if config.model.offload_activations and device.type == "cpu":
+def _set_layers(model: nn.Module, settings: ModelConfig, device: torch.device) -> Recompute:
+    if settings.offload_activations and device.type == "cpu":
         raise ConfigError(
             [
                 "model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"
             ]
         )
-    recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
-    set_recompute(model, recompute, offload=config.model.offload_activations)
+    recompute: Recompute = "off" if settings.recompute == "auto" else settings.recompute
+    set_recompute(model, recompute, offload=settings.offload_activations)
     return recompute
 
 
-def choose_packing(model: nn.Module, config: RunConfig) -> Packing:
+def choose_packing(model: nn.Module, *, wanted: bool) -> Packing:
     """Decide whether samples are packed, by a forward of the model if data.packing is set."""
-    reason = can_pack(model) if config.data.packing else None
+    reason = can_pack(model) if wanted else None
     if reason is not None:
         return False, f"samples are padded, not packed: {reason}"
-    return config.data.packing, None
+    return wanted, None
 
 
-def _choose_head(model: nn.Module, config: RunConfig) -> tuple[Head | None, str | None]:
-    if config.loss == "full":
-        return None, None
-    head = decoder_and_head(model)
-    if isinstance(head, Head):
-        return head, None
-    if config.loss == "chunked":
-        raise ModelError(f"loss=chunked does not fit this model: {head}; use loss=full")
-    return None, f"full logits: {head}"
-
-
-def _choose_layout(config: RunConfig, device: torch.device, *, packed: bool) -> Layout:
-    if config.batch.micro_tokens != "auto":
-        return Layout(packed, None, config.batch.micro_tokens)
-    if config.batch.micro_rows is not None:
-        return Layout(packed, config.batch.micro_rows, None)
+def _choose_layout(batch: BatchConfig, device: torch.device, *, packed: bool) -> Layout:
+    if batch.micro_tokens != "auto":
+        return Layout(packed, None, batch.micro_tokens)
+    if batch.micro_rows is not None:
+        return Layout(packed, batch.micro_rows, None)
     return Layout(packed, None, CPU_MICRO_TOKENS if device.type == "cpu" else CUDA_MICRO_TOKENS)

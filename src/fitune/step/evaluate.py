@@ -1,16 +1,15 @@
-"""Computes loss and accuracy over micro-batches, sample by sample."""
+"""Sums what an objective measures over micro-batches, sample by sample."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fitune.data.rows import MicroBatch
-from fitune.objectives.supervised import losses_and_correct
+from fitune.objectives.objective import Measured
 from fitune.step.work import StepSettings
 
 
@@ -20,12 +19,11 @@ class EvalResult:
 
     row_ids: tuple[int, ...]
     loss_weight: float
-    #: tokens predicted correctly, of `num_supervised_tokens`
-    num_correct: int
+    #: what the objective sums over all samples, see `Objective.totals`
+    totals: Mapping[str, float]
     num_supervised_tokens: int
-    #: of each sample, the weighted sum of its tokens' losses
+    #: of each sample, not divided by its weight
     row_losses: tuple[float, ...]
-    #: of each sample, the sum of its tokens' loss weights
     row_weights: tuple[float, ...]
 
     @property
@@ -35,14 +33,6 @@ class EvalResult:
     @property
     def loss(self) -> float:
         return self.loss_sum / self.loss_weight
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # exp(710) overflows a double
-
-    @property
-    def accuracy(self) -> float:
-        return self.num_correct / self.num_supervised_tokens
 
 
 def evaluate(
@@ -62,7 +52,10 @@ class EvalTotals:
     def __init__(self, model: nn.Module, settings: StepSettings) -> None:
         self._model, self._settings = model, settings
         self._device = next(model.parameters()).device
-        self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._totals = {
+            name: torch.zeros((), dtype=dtype, device=self._device)
+            for name, dtype in settings.objective.totals.items()
+        }
         self._row_ids: list[int] = []
         self._sums_2R = [torch.zeros((2, 0), dtype=torch.float64, device=self._device)]
         self._loss_weight, self._num_supervised_tokens = 0.0, 0
@@ -71,9 +64,10 @@ class EvalTotals:
     def add(self, micro_batch: MicroBatch) -> None:
         """Add a micro-batch to the sums; if it fails, leave the sums unchanged."""
         here = micro_batch.to(self._device)
-        losses_N, num_correct = self._compute(here)
-        sums_2R = sum_by_row(torch.stack((losses_N, here.target_weights_N)), here)
-        self._correct += num_correct
+        measured = self._compute(here)
+        sums_2R = here.sum_by_row(torch.stack((measured.losses_N, here.target_weights_N)))
+        for name, value in measured.totals.items():
+            self._totals[name] += value
         self._sums_2R.append(sums_2R)
         self._row_ids += micro_batch.row_ids
         self._loss_weight += micro_batch.loss_weight
@@ -84,9 +78,9 @@ class EvalTotals:
         """Compute a micro-batch without adding it to the sums."""
         self._compute(micro_batch.to(self._device))
 
-    def _compute(self, here: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _compute(self, here: MicroBatch) -> Measured:
         return self._settings.run(
-            self._device, lambda: losses_and_correct(self._model, here, self._settings.loss)
+            self._device, lambda: self._settings.objective.evaluate(self._model, here)
         )
 
     def result(self) -> EvalResult:
@@ -96,7 +90,7 @@ class EvalTotals:
         return EvalResult(
             row_ids=tuple(self._row_ids[place] for place in order),
             loss_weight=self._loss_weight,
-            num_correct=int(self._correct.item()),
+            totals={name: total.item() for name, total in self._totals.items()},
             num_supervised_tokens=self._num_supervised_tokens,
             row_losses=tuple(row_losses),
             row_weights=tuple(row_weights),
@@ -116,7 +110,7 @@ def merge_evaluations(parts: Sequence[EvalResult]) -> EvalResult:
     return EvalResult(
         row_ids=row_ids,
         loss_weight=sum(part.loss_weight for part in parts),
-        num_correct=sum(part.num_correct for part in parts),
+        totals={name: sum(part.totals[name] for part in parts) for name in parts[0].totals},
         num_supervised_tokens=sum(part.num_supervised_tokens for part in parts),
         row_losses=row_losses,
         row_weights=row_weights,
@@ -131,17 +125,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def sum_by_row(values_KN: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-    """Sum K values of each target over the targets of each sample, in float64: [K, samples]."""
-    num_rows = len(micro_batch.row_ids)
-    widths = (
-        micro_batch.row_lengths
-        if micro_batch.packed
-        else (micro_batch.input_ids_BS.shape[1],) * num_rows
-    )
-    ends_R = torch.tensor(list(accumulate(widths)), device=values_KN.device)
-    row_N = torch.bucketize(micro_batch.target_index_N, ends_R, right=True)
-    sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)
-    return sums_KR.index_add_(1, row_N, values_KN.double())

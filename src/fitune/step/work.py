@@ -1,4 +1,4 @@
-"""Describes fitune's own training step: micro-batches, and the loss of the configuration."""
+"""Describes fitune's own training step: micro-batches, and the objective of the run."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from fitune.batch_size.norms import NormRecorder
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again, without_rows
 from fitune.distributed.sharding import Shards
-from fitune.objectives.supervised import LossSettings, token_loss_sum
+from fitune.objectives.objective import Objective
 from fitune.step.peers import ALONE
 from fitune.step.progress import Progress, Work
 from fitune.step.step import StepResult, optimizer_step
@@ -24,7 +24,7 @@ T = TypeVar("T")
 class StepSettings:
     """How fitune's own step computes loss and update."""
 
-    loss: LossSettings
+    objective: Objective
     #: the largest gradient norm; 0 for no clipping
     clip: float = 1.0
     #: the dtype of matrix products; None for that of the parameters
@@ -48,7 +48,7 @@ def loss_share(
     """Return a micro-batch's share of the mean loss of a batch of `loss_weight`, with its graph."""
     device = next(model.parameters()).device
     here = micro_batch.to(device)
-    return settings.run(device, lambda: token_loss_sum(model, here, settings.loss) / loss_weight)
+    return settings.run(device, lambda: settings.objective.loss_sum(model, here) / loss_weight)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -18,7 +18,6 @@ from fitune.recorder.patience import Patience
 from fitune.recorder.record import RecordedModel
 from fitune.recorder.recording import Recording
 from fitune.recorder.shape_cache import ShapeMemory
-from fitune.step.assemble import choose_layouts
 from fitune.trace.equal_layers import LayerList, find_layers, first_layers
 from fitune.trace.interpolate import (
     have_same_structure,
@@ -27,14 +26,16 @@ from fitune.trace.loop_iterations import Iterations, num_recorded_iterations
 from fitune.trace.own_step import (
     ColumnsOfStep,
     Pass,
+    PassLayouts,
     RecordedShape,
     RecordedStep,
     model_for,
+    pass_layouts,
     record_columns_of_step,
     shape_of_step,
 )
 from fitune.trace.recording_family import (
-    RecordedConfig,
+    RecordedPasses,
     RecordingFamily,
     does_one_sample_match,
     has_one_sample,
@@ -62,7 +63,7 @@ class Recordings:
         #: measured
         self._with_growth: dict[str, list[RecordingFamily]] = {}
         #: by configuration without samples
-        self._recorded: dict[str, list[RecordedConfig]] = {}
+        self._recorded: dict[str, list[RecordedPasses]] = {}
         #: by configuration without samples, recomputation and loss
         self._of_one_model: dict[str, list[RecordingFamily]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
@@ -90,25 +91,25 @@ class Recordings:
                 return None
             again = with_last_step_repeated(once.recording, len(passes) - 1)
             return None if again is None else replace(once, recording=again)
-        device = target_device(target)
         key = repr((_without_samples(config), target))
         families = self._families.setdefault(key, [])
         same_structure = []
         for family in families:
             family_shape, columns = family.points[0]
-            shape = shape_of_step(config, passes, columns, device=device)
+            layouts = _layouts(config, columns, target=target)
+            shape = shape_of_step(passes, columns, layouts)
             if shape is None or shape.structure != family_shape.structure:
                 continue
             same_structure.append(family)
             found = self._derive(config, passes, family, shape, target=target)
             if found is not None:
-                layout, _ = choose_layouts(config, device, packed=columns.layout.packed)
-                return family.repeat(shape, replace(columns, recording=found, layout=layout))
+                return family.repeat(shape, replace(columns, recording=found, layout=layouts.train))
         layers = self._layers_to_record(config.model)
         num_layers = None if layers is None else layers.num_recorded
         columns = self._record(config, passes, target=target, num_layers=num_layers)
-        self._recorded.setdefault(key, []).append(RecordedConfig(config, passes, columns))
-        shape = shape_of_step(config, passes, columns, device=device)
+        layouts = _layouts(config, columns, target=target)
+        self._recorded.setdefault(key, []).append(RecordedPasses(passes, layouts, columns))
+        shape = shape_of_step(passes, columns, layouts)
         if shape is None:
             return None
         for family in same_structure:
@@ -143,10 +144,8 @@ class Recordings:
         if found is not None:
             return found
         recorded = self._recorded.get(repr((_without_samples(config), target)), [])
-        device = target_device(target)
-        if any(
-            family.add_point_from(shape, config, passes, each, device=device) for each in recorded
-        ):
+        layouts = _layouts(config, family.points[0][1], target=target)
+        if any(family.add_point_from(shape, passes, layouts, each) for each in recorded):
             found = family.interpolate(shape, target=target)
         if found is None:
             found = self._add_resized_point(config, passes, family, shape, target=target)
@@ -222,7 +221,7 @@ class Recordings:
         self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None
     ) -> RecordedModel:
         of_model = (
-            _without_recompute(config),
+            _without_recompute(config.model),
             config.data.packing,
             config.loss,
             config.memory.routing,
@@ -263,8 +262,11 @@ class Recordings:
         return Iterations(equal.name, equal.period, number, equal.num_layers, num_with_all_kinds)
 
 
-def target_device(target: CudaTarget | None) -> torch.device:
-    return torch.device("cpu" if target is None else "cuda")
+def _layouts(
+    config: RunConfig, columns: ColumnsOfStep, *, target: CudaTarget | None
+) -> PassLayouts:
+    device = torch.device("cpu" if target is None else "cuda")
+    return pass_layouts(config, device, packed=columns.layout.packed)
 
 
 def _without_samples(config: RunConfig) -> tuple[object, ...]:
@@ -277,8 +279,13 @@ def _without_recompute_and_loss(config: RunConfig) -> tuple[object, ...]:
 
     This is which layers there are, and what is done with each.
     """
-    return _without_recompute(config), config.data.packing, config.optim, config.memory.routing
+    return (
+        _without_recompute(config.model),
+        config.data.packing,
+        config.optim,
+        config.memory.routing,
+    )
 
 
-def _without_recompute(config: RunConfig) -> ModelConfig:
-    return config.model.model_copy(update={"recompute": "off", "offload_activations": False})
+def _without_recompute(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"recompute": "off", "offload_activations": False})

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from fitune.config import OptimConfig, RunConfig
+from fitune.config import ModelConfig, OptimConfig, RunConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.objectives.supervised import LossSettings, chunk_slices
+from fitune.objectives.objective import Chunking, Objective
+from fitune.objectives.supervised import Supervised
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import MemoryTrace, OperatorWork
@@ -59,6 +60,37 @@ class Pass:
     most_micro_batches: int = 2
 
 
+@dataclass(frozen=True)
+class PassLayouts:
+    """What the samples of a pass are, and how they become micro-batches."""
+
+    train: Layout
+    eval: Layout
+    #: makes up the samples; it is not bound to a model
+    objective: Objective = Supervised()  # noqa: RUF009 (frozen)
+
+    def group(self, each: Pass) -> list[list[Row]]:
+        """Return the samples of each micro-batch of a pass that is recorded."""
+        if each.kind == "state":
+            return []
+        rows = (
+            self.objective.made_up_row(number, np.zeros(length, np.int32), num_targets)
+            for number, (length, num_targets) in enumerate(each.rows)
+        )
+        layout = self.train if each.kind == "train" else self.eval
+        groups = layout.group(Batch(tuple(rows)))
+        positions = [
+            sum(map(len, rows)) if layout.packed else len(rows) * max(map(len, rows))
+            for rows in groups
+        ]
+        largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
+        return [groups[number] for number in sorted(largest)]
+
+
+def pass_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> PassLayouts:
+    return PassLayouts(*choose_layouts(config.batch, config.eval, device, packed=packed))
+
+
 def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) -> list[Pass]:
     """Return the passes that a run makes until all of its steps are alike.
 
@@ -73,17 +105,14 @@ def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) 
     return [Pass("state"), *evaluations, steady, steady]
 
 
-@dataclass(frozen=True)
-class RecordedStep:
-    """The recorded memory events and operators of some passes."""
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What a recording of some passes found beside memory events and operators."""
 
-    trace: MemoryTrace
-    #: what the operators compute and move, summed by step, phase, operator and dtype
-    work: tuple[OperatorWork, ...]
     #: how samples became micro-batches
     layout: Layout
-    #: whether the loss is computed in chunks
-    chunked: bool
+    #: how the loss is computed in chunks, if it is
+    chunking: Chunking | None
     #: the step of the trace that is an evaluation, None without one
     evaluation_step: int | None
     num_parameters: int
@@ -92,22 +121,29 @@ class RecordedStep:
     #: what `assemble` decided
     notes: tuple[str, ...]
 
+    @property
+    def chunked(self) -> bool:
+        return self.chunking is not None
 
-def target_precision(config: RunConfig, target: CudaTarget | None) -> Precision:
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStep(StepFacts):
+    """The recorded memory events and operators of some passes."""
+
+    trace: MemoryTrace
+    #: what the operators compute and move, summed by step, phase, operator and dtype
+    work: tuple[OperatorWork, ...]
+
+
+def target_precision(model: ModelConfig, target: CudaTarget | None) -> Precision:
     """Return what `model.precision` means on the target, which is this machine's CPU if None."""
     if target is None:
-        return resolve_precision(config.model, *device_precision(torch.device("cpu")))
-    return resolve_precision(config.model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
+        return resolve_precision(model, *device_precision(torch.device("cpu")))
+    return resolve_precision(model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
 
 
-def longest_rows(
-    config: RunConfig, *, num_rows: int, row_tokens: int | None = None
-) -> tuple[tuple[int, int], ...]:
-    """Return samples as long as they can be, with all tokens supervised that can be.
-
-    They are the batch that needs the most memory.
-    """
-    length = row_tokens or config.data.max_length
+def longest_rows(length: int, *, num_rows: int) -> tuple[tuple[int, int], ...]:
+    """Return samples of this length, with all tokens supervised that can be."""
     return ((length, length - 1),) * num_rows
 
 
@@ -129,26 +165,16 @@ def record_step(
     return record_columns_of_step(config, passes, target=target, mode=mode).to_step()
 
 
-@dataclass(frozen=True)
-class ColumnsOfStep:
+@dataclass(frozen=True, kw_only=True)
+class ColumnsOfStep(StepFacts):
     """A recorded step before it is turned into events."""
 
     recording: Recording
-    #: the number of tokens of a chunk of the loss
-    chunk_tokens: int
-    layout: Layout
-    chunked: bool
-    evaluation_step: int | None
-    num_parameters: int
-    num_trainable_parameters: int
-    precision: Precision
-    notes: tuple[str, ...]
 
     def to_step(self) -> RecordedStep:
-        same = {field.name: getattr(self, field.name) for field in fields(self)}
-        del same["chunk_tokens"]
-        recording = same.pop("recording")
-        return RecordedStep(trace=to_trace(recording), work=sum_work(recording), **same)
+        facts = {field.name: getattr(self, field.name) for field in fields(StepFacts)}
+        trace, work = to_trace(self.recording), sum_work(self.recording)
+        return RecordedStep(trace=trace, work=work, **facts)
 
 
 def model_for(
@@ -167,7 +193,7 @@ def model_for(
     architecture: that of a model with fewer layers, to be recorded instead of the configured one
     shapes, patience: as in `RecordedModel`
     """
-    precision = target_precision(config, target)
+    precision = target_precision(config.model, target)
 
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
@@ -178,7 +204,7 @@ def model_for(
         return model
 
     def prepare(model: Any) -> Packing:
-        packing = choose_packing(model, config)
+        packing = choose_packing(model, wanted=config.data.packing)
         if mode == "fake" and not packing[0] and config.loss != "full":
             # `assemble` asks for them where there is data; cuBLAS keeps its workspace from then on
             two_logits(model)
@@ -203,27 +229,24 @@ def record_columns_of_step(
     skip_chunks: compute only the first three chunks of the loss and the last
     """
     recorded = on or model_for(config, target=target, mode=mode)
-    precision = target_precision(config, target)
+    precision = target_precision(config.model, target)
     device = torch.device("cpu" if target is None else "cuda")
     facts: list[dict[str, Any]] = []
     recorders: list[Recorder] = []
-    evaluates = False
     # The micro-batches are laid out before the recording, whose tensors have no data. Whether the
     # model takes packed samples is not known yet, so both layouts are made.
     laid_out = {
         packed: _lay_out(
-            config,
             passes,
-            device=device,
-            packed=packed,
+            pass_layouts(config, device, packed=packed),
             begin=lambda: recorders[0].begin_micro_batch(),
+            is_joined=device.type == "cuda",
         )
         for packed in (True, False)
     }
 
-    def watched_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    def watched_chunks(slices: list[slice], evaluates: bool) -> Iterator[slice]:
         name = CHUNK_LOOPS["eval" if evaluates else "train"]
-        slices = chunk_slices(num_tokens, chunk_tokens)
         if skip_chunks:
             slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
         for number, each in enumerate(slices):
@@ -235,13 +258,12 @@ def record_columns_of_step(
             model, config, device=device, precision=precision, packing=recorded.prepared
         )
         num_parameters, num_trainable_parameters = count_parameters(model)
-        loss = replace(setup.settings.loss, chunks=watched_chunks)
-        settings = replace(setup.settings, loss=loss)
+        objective = setup.settings.objective
+        settings = replace(setup.settings, objective=objective.watched(watched_chunks))
         facts.append(
             {
-                "chunk_tokens": loss.chunk_tokens,
+                "chunking": objective.chunking,
                 "layout": setup.layout,
-                "chunked": loss.head is not None,
                 "num_parameters": num_parameters,
                 "num_trainable_parameters": num_trainable_parameters,
                 "notes": setup.notes,
@@ -250,9 +272,7 @@ def record_columns_of_step(
         remaining_steps = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
-            nonlocal evaluates
             kind, micro_batches = next(remaining_steps)
-            evaluates = kind == "eval"
             if kind == "state":
                 with recorders[0].creating_state():
                     create_state(setup.optimizer)
@@ -262,7 +282,7 @@ def record_columns_of_step(
                 if target is not None:
                     # a run empties the cache after its trials
                     recorders[0].empty_cache()
-            elif evaluates:
+            elif kind == "eval":
                 evaluate(model, micro_batches, settings=settings)
             else:
                 train_step(
@@ -304,17 +324,18 @@ class RecordedShape:
 
 
 def shape_of_step(
-    config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
+    passes: Sequence[Pass], columns: ColumnsOfStep, layouts: PassLayouts
 ) -> RecordedShape | None:
-    """Return the shape of these passes if they are laid out as those of `columns`.
+    """Return the shape of these passes if their loss is computed as that of `columns`.
 
     Returns None if the loss has another number of chunks from one micro-batch to the next.
     """
     by_step: dict[int, int] = {}
     chunks: dict[str, set[tuple[int, int]]] = {}
+    chunking = columns.chunking
     structure: list[object] = [columns.chunked]
-    grouped = _group(config, passes, device=device, packed=columns.layout.packed)
-    for step, (each, groups) in enumerate(zip(passes, grouped, strict=True), start=1):
+    for step, each in enumerate(passes, start=1):
+        groups = layouts.group(each)
         if each.kind == "state":
             structure.append("state")
             continue
@@ -322,10 +343,11 @@ def shape_of_step(
         equal = len(set(each.rows)) == 1 and len(set(counts)) == 1
         structure.append((each.kind, len(groups), each.rows[0] if equal else (each.rows, *counts)))
         by_step[step] = max(counts)
-        for rows in groups if columns.chunked else ():
-            loss = LossSettings(chunk_tokens=columns.chunk_tokens)
-            chunk_tokens = loss.eval_chunk_tokens if each.kind == "eval" else loss.chunk_tokens
-            parts = chunk_slices(Batch(tuple(rows)).num_supervised_tokens, chunk_tokens)
+        if chunking is None:
+            continue
+        for rows in groups:
+            num_tokens = Batch(tuple(rows)).num_supervised_tokens
+            parts = chunking.slices(num_tokens, evaluates=each.kind == "eval")
             last = parts[-1].stop - parts[-1].start if parts else 0
             chunks.setdefault(CHUNK_LOOPS[each.kind], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
@@ -338,68 +360,41 @@ def shape_of_step(
     )
 
 
-def first_rows(
-    config: RunConfig, each: Pass, *, device: torch.device, packed: bool
-) -> list[tuple[int, int]]:
+def first_rows(each: Pass, layouts: PassLayouts) -> list[tuple[int, int]]:
     """Return (length, supervised tokens) of each sample of the first micro-batch."""
-    ((first, *_),) = _group(config, [each], device=device, packed=packed)
+    first, *_ = layouts.group(each)
     return [each.rows[row.row_id] for row in first]
 
 
 def _lay_out(
-    config: RunConfig,
     passes: Sequence[Pass],
+    layouts: PassLayouts,
     *,
-    device: torch.device,
-    packed: bool,
     begin: Callable[[], None],
+    is_joined: bool,
 ) -> list[tuple[Kind, list[MicroBatch]]]:
     """Return the micro-batches of each pass that are recorded, in the run's order.
 
     begin: called when a micro-batch moves to the device
+    is_joined: whether its tensors move there in one copy
     """
-    grouped = _group(config, passes, device=device, packed=packed)
-    is_joined = device.type == "cuda"
+    packed = layouts.train.packed
     return [
         (
             each.kind,
-            [_on_host(lay_out(rows, packed=packed), begin, is_joined) for rows in groups],
+            [
+                _on_host(lay_out(rows, packed=packed), begin, is_joined)
+                for rows in layouts.group(each)
+            ],
         )
-        for each, groups in zip(passes, grouped, strict=True)
+        for each in passes
     ]
-
-
-def _group(
-    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
-) -> Iterator[list[list[Row]]]:
-    """Yield the samples of these micro-batches for each pass."""
-    layouts = dict(
-        zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True)
-    )
-    for each in passes:
-        if each.kind == "state":
-            yield []
-            continue
-        batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
-        groups = layouts[each.kind].group(batch)
-        positions = [
-            sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups
-        ]
-        largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
-        yield [groups[number] for number in sorted(largest)]
 
 
 def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool) -> "_OnHost":
     values = {field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)}
     whole = micro_batch.joined() if is_joined else None
     return _OnHost(**values, begin=begin, whole=whole)
-
-
-def _row(number: int, length: int, num_supervised: int) -> Row:
-    weights = np.zeros(length, np.float32)
-    weights[length - num_supervised :] = 1
-    weights[0] = 0
-    return Row(number, np.zeros(length, np.int32), weights)
 
 
 @contextmanager

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
-import torch
 
-from fitune.config import RunConfig
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import ROUTED
 from fitune.recorder.recording import Recording
@@ -21,6 +19,7 @@ from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS, Iterations
 from fitune.trace.own_step import (
     ColumnsOfStep,
     Pass,
+    PassLayouts,
     RecordedShape,
     first_rows,
     shape_of_step,
@@ -30,11 +29,11 @@ from fitune.trace.resize import resize
 
 
 @dataclass(frozen=True)
-class RecordedConfig:
-    """A step as it was recorded, with a few layers and chunks."""
+class RecordedPasses:
+    """Passes as they were recorded, with a few layers and chunks."""
 
-    config: RunConfig
     passes: Sequence[Pass]
+    layouts: PassLayouts
     columns: ColumnsOfStep
 
 
@@ -154,11 +153,9 @@ class RecordingFamily:
     def add_point_from(
         self,
         shape: RecordedShape,
-        config: RunConfig,
         passes: Sequence[Pass],
-        other: RecordedConfig,
-        *,
-        device: torch.device,
+        layouts: PassLayouts,
+        other: RecordedPasses,
     ) -> bool:
         """Add a second point to the family if `other` has a larger first micro-batch that gives it.
 
@@ -167,16 +164,15 @@ class RecordingFamily:
         if not self.needs_second_point(shape, passes) or len(other.passes) != len(passes):
             return False
         ((own_shape, point),) = self.interpolation_points(shape)
-        packed = point.layout.packed
-        samples = first_rows(config, passes[-1], device=device, packed=packed)
-        other_samples = first_rows(other.config, other.passes[-1], device=device, packed=packed)
+        samples = first_rows(passes[-1], layouts)
+        other_samples = first_rows(other.passes[-1], other.layouts)
         times, rest = divmod(len(other_samples), len(samples))
         if rest or times < 2 or other.passes[-1].kind != "train":
             return False
         wanted = [replace(each, rows=each.rows * times) for each in passes]
         if wanted[:-1] != list(other.passes[:-1]):
             return False
-        other_shape = shape_of_step(other.config, wanted, point, device=device)
+        other_shape = shape_of_step(wanted, point, other.layouts)
         if (
             other_shape is None
             or other_shape.structure != own_shape.structure

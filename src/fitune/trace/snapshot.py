@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fitune.boundary import told_as
+from fitune.boundary import raised_as
 from fitune.errors import UsageError
 from fitune.recorder.events import Category, MemoryEvent, MemoryTrace, Phase
 
@@ -60,7 +60,7 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
         raise UsageError(
             f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
         )
-    with told_as(
+    with raised_as(
         UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"
     ):
         events = tuple(_events(actions, segments))

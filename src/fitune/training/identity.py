@@ -32,7 +32,9 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
         "model": _model_hash(setup),
         "model.method": config.model.method,
         **{f"model.lora.{key}": value for key, value in lora.items()},
-        "model.precision": choose_precision(config, next(setup.model.parameters()).device).name,
+        "model.precision": choose_precision(
+            config.model, next(setup.model.parameters()).device
+        ).name,
         "data.train": _data_hash(train),
         "data.eval": _data_hash(held_out),
         "batch.effective": config.batch.rows_per_step,
@@ -44,15 +46,15 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
     }
 
 
-def run_conditions(config: RunConfig, setup: Setup, *, num_ranks: int = 1) -> Json:
+def run_conditions(setup: Setup, *, attention: str, num_ranks: int = 1) -> Json:
     device = next(setup.model.parameters()).device
     return {
         "batch.micro": setup.layout.micro_rows,
         "batch.micro_tokens": setup.layout.micro_tokens,
         "batch.ranks": num_ranks if num_ranks > 1 else None,
         "data.packing": setup.layout.packed,
-        "loss": "full" if setup.settings.loss.head is None else "chunked",
-        "model.attention": config.model.attention,
+        "loss": "full" if setup.settings.objective.chunking is None else "chunked",
+        "model.attention": attention,
         "model.recompute": setup.recompute,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

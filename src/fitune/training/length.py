@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fitune.config import RunConfig
+from fitune.config import TrainConfig
 from fitune.data.batches import Epochs, num_steps
 from fitune.data.examples import Examples
 from fitune.errors import ConfigError
@@ -35,14 +35,13 @@ class Length:
         )
 
 
-def run_length(config: RunConfig, examples: Examples) -> Length:
+def run_length(train: TrainConfig, examples: Examples, *, rows_per_step: int) -> Length:
     """Return the configured length, which is one epoch by default.
 
     Raises ConfigError if that is less than one sample.
     """
-    train, samples_per_step = config.train, config.batch.rows_per_step
     epoch_tokens = int((examples.lengths * examples.repeats.astype("float64")).sum())
-    epoch_steps = num_steps(examples, rows_per_step=samples_per_step)
+    epoch_steps = num_steps(examples, rows_per_step=rows_per_step)
     if train.steps is not None:
         total_tokens = epoch_tokens * train.steps // max(epoch_steps, 1)
         return Length(None, train.steps, None, total_tokens, train.steps)
@@ -60,7 +59,7 @@ def run_length(config: RunConfig, examples: Examples) -> Length:
                 f"{math.ceil(100 / mean) / 100:g} or more, or give train.steps"
             ]
         )
-    steps = num_steps(examples, rows_per_step=samples_per_step, epochs=epochs)
+    steps = num_steps(examples, rows_per_step=rows_per_step, epochs=epochs)
     total_tokens = max(round(epoch_tokens * samples / lengths.mean_samples), 1)
     return Length(epochs, None, None, total_tokens, steps)
 

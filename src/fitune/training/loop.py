@@ -17,8 +17,8 @@ from fitune.batch_size.noise import PRECONDITIONED_EVERY
 from fitune.batch_size.norms import NormRecorder
 from fitune.config import RunConfig
 from fitune.data.batches import batches, prefetch
-from fitune.data.deal import deal
 from fitune.data.rows import Batch, MicroBatch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.distributed.processes import Ranks
 from fitune.errors import FituneError, OutOfMemoryError, RunDirectoryError
 from fitune.machine.process_memory import MemoryPeak, read_peak, reset_peak
@@ -40,7 +40,7 @@ from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length, steps_between_evals
 from fitune.training.log import RunLog, run_summary, step_metrics, step_record
 from fitune.training.resume import Replay, Start, check_replayed, replayed_fallbacks, replayed_split
-from fitune.training.samples import Data, in_order
+from fitune.training.samples import Data, micro_batches_of
 from fitune.training.saving import Saver
 from fitune.training.self_check import CHECKED_STEP, SelfCheck
 from fitune.training.state import RunState, larger_peak
@@ -101,7 +101,7 @@ class TrainingLoop:
         self.replay, self.ranks, self.until = replay, ranks, until
         self.log = RunLog(run, watcher, ranks)
         self.device = next(setup.model.parameters()).device
-        self.length = run_length(config, data.train)
+        self.length = run_length(config.train, data.train, rows_per_step=config.batch.rows_per_step)
         self.state = RunState() if start is None else start.state
         self.guard = Guard(
             config,
@@ -134,7 +134,9 @@ class TrainingLoop:
             files=model_files(setup.model, tokenizer=tokenizer, ends=data.train.report.ends),
             facts={
                 "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
-                "conditions": run_conditions(config, setup, num_ranks=ranks.size),
+                "conditions": run_conditions(
+                    setup, attention=config.model.attention, num_ranks=ranks.size
+                ),
             },
             logs=self.log.files,
             writes=ranks.leads,
@@ -248,7 +250,7 @@ class TrainingLoop:
                 yield batch, replayed_split(batch, line, packed=layout.packed, ranks=ranks)
             return
         for batch in following:
-            yield batch, layout.split(deal(batch, ranks.size)[ranks.rank])
+            yield batch, layout.split(split_by_rank(batch, ranks.size)[ranks.rank])
 
     def train_batch(self, batch: Batch, micro_batches: list[MicroBatch]) -> None:
         state, setup = self.state, self.setup
@@ -412,7 +414,7 @@ class TrainingLoop:
         start = time.perf_counter()
         own_samples = range(self.ranks.rank, len(self.data.eval), self.ranks.size)
         rows_at_once = self.config.batch.rows_per_step
-        micro_batches = in_order(
+        micro_batches = micro_batches_of(
             self.data.eval, own_samples, self.setup.eval_layout, rows_at_once=rows_at_once
         )
         with self.saved_if_out_of_memory():
@@ -423,11 +425,15 @@ class TrainingLoop:
             step=state.step,
             total_tokens=state.tokens,
             eval_loss=result.loss,
-            eval_perplexity=result.perplexity,
-            eval_accuracy=result.accuracy,
             eval_tokens=result.num_supervised_tokens,
             seconds=time.perf_counter() - start,
             peak_allocated_bytes=peak.allocated_bytes,
+            **self.setup.settings.objective.metrics(
+                result.loss,
+                result.totals,
+                loss_weight=result.loss_weight,
+                num_targets=result.num_supervised_tokens,
+            ),
         )
         self.log.evaluation(metrics, result)
         # neither the untrained model nor a loss that is not a number is a result of this run

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fitune.config import RunConfig, read_config
+from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.data.batches import Epochs
 from fitune.data.chat_template import today
 from fitune.data.examples import Examples, load_examples
@@ -29,7 +29,7 @@ from fitune.planning.plan import Plan, closest, does_not_fit, split_of
 from fitune.planning.search import choose_plan
 from fitune.planning.stated import model_notes
 from fitune.step.assemble import Setup, assemble, choose_precision
-from fitune.training.length import run_length
+from fitune.training.length import Length, run_length
 from fitune.training.samples import Data
 from fitune.training.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
@@ -95,7 +95,8 @@ def _prepare(
     ranks: Ranks,
 ) -> Prepared:
     device = choose_device()
-    check_shard(config, num_ranks=ranks.size)
+    check_shard(config.model, num_ranks=ranks.size)
+    rows_per_step = config.batch.rows_per_step
     is_sharded = config.model.shard != "none"
     notes = list(_configuration_notes(config, device))
     on_stage(say("reading the data"))
@@ -107,16 +108,22 @@ def _prepare(
             say("reading the data: {number} samples tokenised", number=f"{number:,}")
         ),
     )
-    notes += unseen(config, data.train)  # raises if the run would see no sample
-    notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
-    precision = choose_precision(config, device)
-    check_length(config)
+    length = run_length(config.train, data.train, rows_per_step=rows_per_step)
+    notes += unseen(length, data.train, rows_per_step=rows_per_step)
+    notes += rows_notes(
+        num_rows=len(data.train),
+        num_held_out=len(data.eval),
+        rows_per_step=rows_per_step,
+        is_split=config.data.eval is None,
+    )
+    precision = choose_precision(config.model, device)
+    check_length(config.model, config.data.max_length)
     plan = self_check = None
     try:
         if settings is None:
             plan = choose_plan(
                 config,
-                limits=limits_of(config, run_device(device)),
+                limits=limits_of(config.memory, run_device(device)),
                 lengths=lengths_of(data.train, data.eval),
                 search="fastest",
                 num_gpus=ranks.size,
@@ -151,7 +158,7 @@ def _prepare(
             precision=precision,
             seed=config.train.seed,
             stay_on_host=is_sharded,
-            tell=notes.append,
+            notify=notes.append,
         ),
         device=device,
         what=f"the model {config.model.source}",
@@ -186,21 +193,26 @@ def _configuration_notes(config: RunConfig, device: torch.device) -> Iterator[st
     if config.memory.gpu is not None:
         yield "memory.gpu is for plans: a run uses the card that is there"
     yield from model_notes(config.model)
-    if (note := unusual_rate(config)) is not None:
+    if (note := unusual_rate(config.optim, config.model.method)) is not None:
         yield note
 
 
-def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterator[str]:
-    """Yield notes on a number of samples with which a batch or an evaluation is not what it seems."""
-    if config.batch.rows_per_step > num_rows:
+def rows_notes(
+    *, num_rows: int, num_held_out: int, rows_per_step: int, is_split: bool
+) -> Iterator[str]:
+    """Yield notes on a number of samples with which a batch or an evaluation is not what it seems.
+
+    is_split: whether the held-out samples are a part of the data.
+    """
+    if rows_per_step > num_rows:
         yield say(
             "batch.effective {batch} is more than the {rows} samples of the data: a step takes all of them, and an "
             "epoch is one step",
-            batch=f"{config.batch.rows_per_step:,}",
+            batch=f"{rows_per_step:,}",
             rows=f"{num_rows:,}",
         )
     rows = num_rows + num_held_out
-    if config.data.eval is None and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
+    if is_split and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
         share = min(0.2, 2 * FEW_EVAL_ROWS / rows)
         yield say(
             "{held} of {rows} samples are held out, and an evaluation of so few says little: "
@@ -212,9 +224,9 @@ def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterat
         )
 
 
-def check_shard(config: RunConfig, *, num_ranks: int) -> None:
+def check_shard(model: ModelConfig, *, num_ranks: int) -> None:
     """Raise ConfigError if this number of processes cannot do what model.shard asks for."""
-    if config.model.shard == "none":
+    if model.shard == "none":
         return
     if num_ranks == 1:
         raise ConfigError(
@@ -253,16 +265,10 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
     )
 
 
-def unseen(config: RunConfig, examples: Examples) -> list[str]:
-    """Return a warning for each weight of data.train so small that no sample with it is ever seen.
-
-    Raises ConfigError if the run would see no sample at all.
-    """
-    length = run_length(config, examples)
+def unseen(length: Length, examples: Examples, *, rows_per_step: int) -> list[str]:
+    """Return a warning for each weight of data.train that is too small for any of its samples."""
     lengths = Epochs.of(examples.repeats)
-    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(
-        lengths.mean_samples
-    )
+    epochs = length.epochs or length.total_steps * rows_per_step / float(lengths.mean_samples)
     values, counts = np.unique(examples.repeats, return_counts=True)
     return [
         f"warning: none of the {count:,} samples with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "

@@ -32,7 +32,7 @@ from fitune.batch_size.noise import (
 )
 from fitune.batch_size.norms import NormRecorder
 from fitune.batch_size.scaling import OptimSettings, scale, with_settings
-from fitune.config import RunConfig, TrainConfig
+from fitune.config import OptimConfig, RunConfig, TrainConfig
 from fitune.data.batches import Epochs, batches
 from fitune.data.examples import Examples
 from fitune.errors import ConfigError, FituneError, InterruptedRunError
@@ -52,7 +52,7 @@ from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length
 from fitune.training.loop import TrainingLoop
 from fitune.training.resume import Start, go_on
-from fitune.training.samples import Data, in_order
+from fitune.training.samples import Data, micro_batches_of
 from fitune.training.self_check import SelfCheck
 from fitune.training.train import train
 
@@ -118,13 +118,13 @@ def try_settings(
         name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()
     }
     noise = noise_before_training(
-        config, _with_new_optimizer(config, setup, setup.optim), data.train, watcher=watcher
+        config, _with_new_optimizer(config.optim, setup, setup.optim), data.train, watcher=watcher
     )
     branches: list[Branch] = []
     configured: EvalResult | None = None
     for number, setting in enumerate(SETTINGS):
         changed, optim, _ = apply_setting(config, setup, setting)
-        own = _with_new_optimizer(changed, setup, optim)
+        own = _with_new_optimizer(changed.optim, setup, optim)
         summary, result = _branch(
             changed,
             own,
@@ -159,7 +159,7 @@ def try_settings(
         )
     probe = _result(noise, branches, data.train)
     changed, optim, changes = apply_setting(config, setup, SETTINGS[probe.chosen])
-    return Tried(probe, changed, changes, _with_new_optimizer(changed, setup, optim))
+    return Tried(probe, changed, changes, _with_new_optimizer(changed.optim, setup, optim))
 
 
 def _result(noise: NoiseEstimate | None, branches: Sequence[Branch], train: Examples) -> Probe:
@@ -215,11 +215,11 @@ def _branch(
         if type(error) is not FituneError:  # FituneError itself means a gradient that is not finite
             raise
         return read_summary(run.summary), None
-    micro_batches = in_order(
+    micro_batches = micro_batches_of(
         data.eval, range(len(data.eval)), setup.eval_layout, rows_at_once=config.batch.rows_per_step
     )
     result = safe_evaluate(
-        setup.model, micro_batches, settings=setup.settings, room=lambda: None
+        setup.model, micro_batches, settings=setup.settings, query_free_bytes=lambda: None
     ).result
     return summary, result if math.isfinite(result.loss) else None
 
@@ -246,9 +246,15 @@ def adopt(run: RunDirectory, tried: Tried, *, data: Data) -> Start:
     checkpoint_of_branch, _ = newest_checkpoint(run)
     facts = (
         run_identity(tried.config, tried.setup, train=data.train, held_out=data.eval),
-        run_conditions(tried.config, tried.setup),
+        run_conditions(tried.setup, attention=tried.config.model.attention),
     )
-    return go_on(run, checkpoint_of_branch, tried.setup, config=tried.config, facts=facts)
+    return go_on(
+        run,
+        checkpoint_of_branch,
+        tried.setup,
+        dropout=tried.config.model.has_dropout,
+        facts=facts,
+    )
 
 
 def probe_position(config: RunConfig, data: Data) -> int:
@@ -258,7 +264,9 @@ def probe_position(config: RunConfig, data: Data) -> int:
     too few to tell settings apart.
     """
     rows, fraction = 2 * config.batch.rows_per_step, config.train.probe_fraction
-    total_steps = run_length(config, data.train).total_steps
+    total_steps = run_length(
+        config.train, data.train, rows_per_step=config.batch.rows_per_step
+    ).total_steps
     steps = int(fraction * total_steps)
     if steps < FEWEST_STEPS:
         raise ConfigError(
@@ -349,13 +357,13 @@ def apply_setting(
     return changed, optim, changes
 
 
-def _with_new_optimizer(config: RunConfig, setup: Setup, optim: OptimSettings) -> Setup:
+def _with_new_optimizer(configured: OptimConfig, setup: Setup, optim: OptimSettings) -> Setup:
     """Return the setup with a new optimizer and a new gradient scaler."""
     device = next(setup.model.parameters()).device
     return replace(
         setup,
         optimizer=build_optimizer(
-            setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device
+            setup.model, with_settings(configured, optim), lr=optim.lr, device=device
         ),
         scaler=None if setup.scaler is None else torch.amp.GradScaler(device.type),
         settings=replace(setup.settings, clip=optim.clip),

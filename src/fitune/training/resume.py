@@ -44,7 +44,7 @@ def go_on(
     checkpoint: Checkpoint | None,
     setup: Setup,
     *,
-    config: RunConfig,
+    dropout: bool,
     facts: tuple[Json, Json],
     allowed: Collection[str] = (),
     ranks: Ranks | None = None,
@@ -52,6 +52,7 @@ def go_on(
     """Roll the directory back to `checkpoint`, and restore weights, optimizer and random numbers.
 
     checkpoint: None for a run of which nothing was saved; it starts from the beginning.
+    dropout: whether the training draws random masks.
     facts: identity and conditions of the present configuration.
     allowed: keys of the identity that may have changed.
     ranks: the processes that do this together, of which only the first changes the directory.
@@ -64,7 +65,6 @@ def go_on(
         lost = roll_back(run, None) if leads else []
         return Start(RunState(), ("nothing was saved yet: starts from the beginning", *lost))
     notes = check_identity(checkpoint.identity, identity, allowed=allowed)
-    dropout = config.model.method != "full" and config.model.lora.dropout > 0
     note = condition_note(checkpoint.conditions, conditions, dropout=dropout)
     lost = roll_back(run, checkpoint) if leads else []
     restore(checkpoint, setup)
@@ -80,7 +80,7 @@ def pin_precision(config: RunConfig, checkpoint: Checkpoint, device: torch.devic
     Another device could choose differently.
     """
     saved = checkpoint.identity["model.precision"]
-    if config.model.precision != "auto" or choose_precision(config, device).name == saved:
+    if config.model.precision != "auto" or choose_precision(config.model, device).name == saved:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"precision": saved})})
 

@@ -16,7 +16,7 @@ class Data:
     eval: Examples
 
 
-def in_order(
+def micro_batches_of(
     examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int
 ) -> Iterator[MicroBatch]:
     """Yield micro-batches of the samples with these numbers, reading them as they are needed."""

@@ -16,9 +16,9 @@ import torch
 from fitune.allocator.prediction import CPU_NOISE_BYTES, CPU_TOLERANCE, CUDA_TOLERANCE, Prediction
 from fitune.config import RunConfig
 from fitune.data.batches import batches
-from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.machine.cards import Device
 from fitune.machine.devices import cpu_device, this_machine
 from fitune.machine.nvml import read_cards
@@ -151,7 +151,7 @@ def predict_second_step(
     target = run_device(device)
     # Balanced routing is close to what is measured; the worst case would be only an upper bound.
     config = with_routing(config, "balanced")
-    passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config, num_ranks)
+    passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config.model, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
     if device.type == "cuda" and num_shards == 1:
         # on a CPU only the used part of the bucket is resident
@@ -176,8 +176,8 @@ def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass
         batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed),
         CHECKED_STEP,
     )
-    yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)
+    yield from (Pass("train", _sizes(split_by_rank(batch, num_ranks)[0])) for batch in seen)
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:
-    return tuple((len(row), int((row.loss_weights[1:] != 0).sum())) for row in batch.rows)
+    return tuple((len(row), row.num_targets) for row in batch.rows)

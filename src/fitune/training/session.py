@@ -222,12 +222,15 @@ def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
         prepared = _prepare(config, screen, plan_check=False, settings=_settings(run), ranks=ranks)
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
-        facts = (identity, run_conditions(config, setup, num_ranks=ranks.size))
+        facts = (
+            identity,
+            run_conditions(setup, attention=config.model.attention, num_ranks=ranks.size),
+        )
         start = go_on(
             run,
             checkpoint,
             setup,
-            config=config,
+            dropout=config.model.has_dropout,
             facts=facts,
             allowed=request.allow_change,
             ranks=ranks,
@@ -361,18 +364,13 @@ def _prepare(
     screen.note(
         f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}"
     )
-    from fitune.data.files import check_files
-    from fitune.model.source import check_source, check_tokenizer
-
-    check_source(config.model.source)
-    check_tokenizer(config.model)
-    check_files(config.data)
+    check_inputs(config)
     screen.stage(say("loading torch and transformers"))
     from fitune.training.prepare import prepare
     from fitune.watch.prometheus import check_prometheus
     from fitune.watch.trackers import check_trackers
 
-    check_trackers(config)
+    check_trackers(config.run.trackers)
     if config.run.prometheus is not None:
         check_prometheus(Path(config.run.prometheus))
     prepared = prepare(
@@ -394,6 +392,19 @@ def _prepare(
     for message in report.warnings:
         screen.note(f"warn   {message}")
     return prepared
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check that the model and the data exist, without imports that take seconds.
+
+    Raises ModelError or DataError if they do not.
+    """
+    from fitune.data.files import check_files
+    from fitune.model.source import check_source, check_tokenizer
+
+    check_source(config.model.source)
+    check_tokenizer(config.model)
+    check_files(config.data)
 
 
 def _memory_text(check: "SelfCheck") -> str:

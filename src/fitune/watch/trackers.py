@@ -9,7 +9,7 @@ WANDB_MODE, SWANLAB_API_KEY and SWANLAB_MODE).
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +21,13 @@ from fitune.run.directory import RunDirectory
 from fitune.run.metrics import EvalMetrics, StepMetrics
 
 PROJECT = "fitune"
+#: the configuration by key, such as optim.lr
+Settings = dict[str, bool | int | float | str]
 
 
-def check_trackers(config: RunConfig) -> None:
+def check_trackers(names: Iterable[str]) -> None:
     """Raise ConfigError if a tracker is not installed."""
-    missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             [f"run.trackers: {name} is not installed: pip install {name}" for name in missing]
@@ -42,9 +44,12 @@ def open_trackers(
 
     Raises FituneError if one cannot start.
     """
+    settings = _flat(config.model_dump(mode="json"))
     with ExitStack() as opened:
         yield tuple(
-            opened.enter_context(_started(name, config, run, notify=notify))
+            opened.enter_context(
+                _started(name, run, output=config.run.output, settings=settings, notify=notify)
+            )
             for name in config.run.trackers
         )
 
@@ -52,8 +57,11 @@ def open_trackers(
 class Tracker:
     """What differs between trackers; everything else is the same through accelerate's adapters."""
 
-    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-        """Return the arguments for accelerate's adapter."""
+    def options(self, run: RunDirectory, output: Path) -> dict[str, Any]:
+        """Return the arguments for accelerate's adapter.
+
+        output: where all runs are.
+        """
         raise NotImplementedError
 
     def event(self, text: str) -> dict[str, Any] | None:
@@ -68,13 +76,13 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    def options(self, run: RunDirectory, output: Path) -> dict[str, Any]:
         # so that `tensorboard --logdir runs` shows every run
         return {"run_name": "tensorboard", "logging_dir": run.trackers}
 
 
 class Trackio(Tracker):
-    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    def options(self, run: RunDirectory, output: Path) -> dict[str, Any]:
         return {"run_name": PROJECT, "name": run.name, "auto_log_gpu": False, "auto_log_cpu": False}
 
     def finish(self, tracker: Any) -> None:
@@ -85,7 +93,7 @@ class Trackio(Tracker):
 
 
 class Wandb(Tracker):
-    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    def options(self, run: RunDirectory, output: Path) -> dict[str, Any]:
         run.trackers.mkdir(exist_ok=True)
         return {
             "run_name": PROJECT,
@@ -99,7 +107,7 @@ class Wandb(Tracker):
 
 
 class SwanLab(Tracker):
-    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    def options(self, run: RunDirectory, output: Path) -> dict[str, Any]:
         place = run.trackers / "swanlab"
         place.mkdir(parents=True, exist_ok=True)
         return {
@@ -116,10 +124,10 @@ class SwanLab(Tracker):
 
 
 class MLflow(Tracker):
-    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    def options(self, run: RunDirectory, output: Path) -> dict[str, Any]:
         import mlflow
 
-        output = config.run.output.absolute()
+        output = output.absolute()
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
         return {
@@ -201,25 +209,30 @@ class Tracked:
 
 @contextmanager
 def _started(
-    name: str, config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]
+    name: str,
+    run: RunDirectory,
+    *,
+    output: Path,
+    settings: Settings,
+    notify: Callable[[str], None],
 ) -> Iterator["Tracked"]:
-    tracker = Tracked(name, _start(name, config, run), run, notify)
+    tracker = Tracked(name, _start(name, run, output, settings), run, notify)
     try:
         yield tracker
     finally:
         tracker.finish()
 
 
-def _start(name: str, config: RunConfig, run: RunDirectory) -> Any:
+def _start(name: str, run: RunDirectory, output: Path, settings: Settings) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     with redirect_stdout(sys.stderr):
         try:
             PartialState()  # accelerate's adapters do not work without it
-            tracker = LOGGER_TYPE_TO_CLASS[name](**TRACKERS[name].options(config, run))
+            tracker = LOGGER_TYPE_TO_CLASS[name](**TRACKERS[name].options(run, output))
             tracker.start()
-            tracker.store_init_configuration(_flat(config.model_dump(mode="json")))
+            tracker.store_init_configuration(settings)
         except Exception as error:
             raise FituneError(f"{name} cannot start: {error}; drop it from run.trackers") from error
     return tracker
@@ -233,12 +246,12 @@ def _mode(prefix: str) -> str:
     )
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def _flat(content: dict[str, Any], prefix: str = "") -> Settings:
     """Flatten nested keys: {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}.
 
     Unset values are left out, and lists and other nested values become text.
     """
-    flat: dict[str, bool | int | float | str] = {}
+    flat: Settings = {}
     for key, value in content.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")

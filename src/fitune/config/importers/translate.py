@@ -322,20 +322,9 @@ def _precision_name(draft: Draft, dtype: str) -> str:
     if draft.tool == "minimind":
         return "autocast_bfloat16" if dtype in ("", "bfloat16") else "autocast_float16"
     if draft.tool.startswith("ms-swift"):
-        # ms-swift holds all weights in torch_dtype, which also selects autocast's bf16 or fp16.
-        if dtype not in (*_FLOAT16, "float32", "fp32"):
-            return "bfloat16"
-        if draft.argument("bf16") and dtype not in _FLOAT16:
-            return "autocast_bfloat16"
-        return "float32" if fp16 is False else "autocast_float16"
+        return _precision_of_ms_swift(draft, dtype)
     if draft.tool == "axolotl":
-        # axolotl holds all weights in the 16-bit format that it computes in; `auto` is the format
-        # that the card supports.
-        if fp16 or (draft.argument("float16") and bf16 == "auto"):
-            return "autocast_float16"
-        if bf16 == "auto" and not is_full and not draft.argument("bfloat16"):
-            return "auto"
-        return "bfloat16" if bf16 or draft.argument("bfloat16") else "float32"
+        return _precision_of_axolotl(draft, bf16)
     if fp16 is True:
         return "autocast_float16"
     if draft.tool.startswith("LLaMA-Factory"):
@@ -347,6 +336,25 @@ def _precision_name(draft: Draft, dtype: str) -> str:
     if bf16:
         return "bfloat16" if dtype in (*_BFLOAT16, "auto") else "autocast_bfloat16"
     return "bfloat16" if dtype in _BFLOAT16 else "float32"
+
+
+def _precision_of_ms_swift(draft: Draft, dtype: str) -> str:
+    # ms-swift holds all weights in torch_dtype, which also selects autocast's bf16 or fp16.
+    if dtype not in (*_FLOAT16, "float32", "fp32"):
+        return "bfloat16"
+    if draft.argument("bf16") and dtype not in _FLOAT16:
+        return "autocast_bfloat16"
+    return "float32" if draft.argument("fp16") is False else "autocast_float16"
+
+
+def _precision_of_axolotl(draft: Draft, bf16: object) -> str:
+    # axolotl holds all weights in the 16-bit format that it computes in; `auto` is the format
+    # that the card supports.
+    if draft.argument("fp16") or (draft.argument("float16") and bf16 == "auto"):
+        return "autocast_float16"
+    if bf16 == "auto" and draft.method != "full" and not draft.argument("bfloat16"):
+        return "auto"
+    return "bfloat16" if bf16 or draft.argument("bfloat16") else "float32"
 
 
 def _recompute(draft: Draft) -> None:

@@ -3,7 +3,7 @@
 from fitune.data.rows import Batch
 
 
-def deal(batch: Batch, size: int) -> list[Batch]:
+def split_by_rank(batch: Batch, size: int) -> list[Batch]:
     """Split a batch into `size` shards of nearly equal numbers of tokens, one for each rank.
 
     The result is a function of the samples' lengths and order alone. Each shard keeps the order of

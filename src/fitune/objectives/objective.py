@@ -1,0 +1,107 @@
+"""Says what a step, an evaluation, a recording and a recovery ask of the objective of a run.
+
+The loss of an effective batch is the sum over its micro-batches of `loss_sum`, divided once by the
+loss weights of all its samples (`Row.loss_weight`). So an objective trains alike in every split if
+`loss_sum` is a sum over samples, and a sample is what is never split.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fitune.data.rows import MicroBatch, Row
+
+#: The supervised tokens whose logits exist at the same time, at least. 256 tokens with a vocabulary
+#: of 151,936 take 148 MiB in float32.
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """How many supervised tokens have logits at the same time."""
+
+    train_tokens: int = CHUNK_TOKENS
+
+    @property
+    def eval_tokens(self) -> int:
+        """As `train_tokens`, of an evaluation, whose peak is its logits alone."""
+        return min(self.train_tokens, CHUNK_TOKENS)
+
+    def slices(self, num_tokens: int, *, evaluates: bool = False) -> list[slice]:
+        """Return the slices that cut this number of supervised tokens into chunks."""
+        chunk_tokens = self.eval_tokens if evaluates else self.train_tokens
+        return [
+            slice(start, min(start + chunk_tokens, num_tokens))
+            for start in range(0, num_tokens, chunk_tokens)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an evaluation of one micro-batch found, on the device."""
+
+    #: float32: the weighted loss of each target; those of a sample add up to its loss
+    losses_N: Tensor
+    #: sums over the micro-batch, by the names of `Objective.totals`
+    totals: Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """What a run minimises, for one model."""
+
+    @property
+    def totals(self) -> Mapping[str, torch.dtype]:
+        """What an evaluation sums over all samples beside the loss, and the dtype of each sum."""
+        ...
+
+    @property
+    def chunking(self) -> Chunking | None:
+        """How the logits are computed in chunks; None if all of them exist at the same time."""
+        ...
+
+    def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Return the sum of the losses of a micro-batch, a float32 scalar with its graph.
+
+        Without targets it is 0, with zero gradients.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module, micro_batch: MicroBatch) -> Measured:
+        """Return the losses of a micro-batch, and the totals."""
+        ...
+
+    def metrics(
+        self, loss: float, totals: Mapping[str, float], *, loss_weight: float, num_targets: int
+    ) -> dict[str, float]:
+        """Return the fields of `EvalMetrics` that an evaluation has beside its loss.
+
+        All are of all evaluated samples. The loss is divided by their weight already.
+        """
+        ...
+
+    def made_up_row(self, row_id: int, ids: npt.NDArray[np.integer], num_targets: int) -> Row:
+        """Return a sample of these tokens, of which the last `num_targets` are targets.
+
+        Predictions, measurements and the check of the model take such samples.
+        """
+        ...
+
+    def smaller(self, model: nn.Module | None) -> tuple[Self, str] | None:
+        """Return the same objective in less memory, and a name for that; None if there is no way.
+
+        model: where to look for what that needs; None if it may not run a forward.
+        """
+        ...
+
+    def watched(self, watch: Callable[[list[slice], bool], Iterable[slice]]) -> Self:
+        """Return the same objective with `watch` between it and its chunks, for a recording.
+
+        watch: gets the chunks of one micro-batch and whether an evaluation computes them, and
+            yields those to compute.
+        """
+        ...
