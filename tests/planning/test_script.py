@@ -15,7 +15,7 @@ from fitune.cli.app import main
 from fitune.cli.plan_script import read_values
 from fitune.errors import FituneError, UsageError
 from fitune.planning import script as script_room
-from fitune.planning.script import ScriptCommand, predict_script, read_command, vary_script
+from fitune.planning.script import ScriptCommand, predict_script, read_script_command, vary_script
 from tiny_run import save_tiny_model
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -193,7 +193,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("text", COMMANDS)
 def test_a_command_is_read_as_it_is_typed(text: str) -> None:
-    assert read_command(text.split()) == COMMANDS[text]
+    assert read_script_command(text.split()) == COMMANDS[text]
 
 
 @pytest.mark.parametrize(

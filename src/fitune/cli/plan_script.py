@@ -61,9 +61,9 @@ def plan_script(
     Raises DoesNotFitError (exit code 3) if it does not fit.
     """
     with collections_paused():
-        from fitune.planning.script import card_of, predict_script, read_command, vary_script
+        from fitune.planning.script import card_of, predict_script, read_script_command, vary_script
 
-    parsed = read_command(command)
+    parsed = read_script_command(command)
     screen = Screen(stderr=True)
 
     def predict(words: list[str]) -> "Prediction":

@@ -100,7 +100,7 @@ class ScriptCommand:
         return replace(self, arguments=tuple(arguments))
 
 
-def read_command(words: Sequence[str]) -> ScriptCommand:
+def read_script_command(words: Sequence[str]) -> ScriptCommand:
     """Take a command apart: `[NAME=VALUE] [torchrun ...] [python] [-m] SCRIPT [ARGUMENTS]`.
 
     Raises UsageError for a command that starts no Python script, or several processes.
@@ -193,7 +193,7 @@ def predict_script(
     words = [command] if isinstance(command, str) else list(command)
     device = card_of(gpu)
     recorded = record_command(
-        read_command(words), device, python=python, cwd=cwd, num_steps=num_steps, rows=rows
+        read_script_command(words), device, python=python, cwd=cwd, num_steps=num_steps, rows=rows
     )
     return predict_trace(recorded, PredictSettings(device=device))
 

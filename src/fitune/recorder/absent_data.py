@@ -151,7 +151,7 @@ def _token_files(note: Note) -> Iterator[None]:
         note(f"assumed: {os.fspath(file)}, which is not here, holds {_NUM_TOKENS:,} tokens")
         return np.zeros(_NUM_TOKENS, dtype)
 
-    class MemoryMap(memmap):  # type: ignore[misc, type-arg, valid-type]
+    class MemoryMap(memmap):  # type: ignore[misc, valid-type]
         """numpy.memmap, which is a class that libraries name in annotations."""
 
         def __new__(cls, filename: Any, dtype: Any = np.uint8, *args: Any, **options: Any) -> Any:

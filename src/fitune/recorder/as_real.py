@@ -150,7 +150,8 @@ def _data_ptr(tensor: FakeTensor) -> int:
     caller = str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0]
     if caller in _READ_MEMORY:
         return torch.Tensor.data_ptr(tensor)
-    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+    offset = tensor.storage_offset() * tensor.element_size()
+    return int(tensor.untyped_storage()._cdata) + offset
 
 
 def _tolist(tensor: FakeTensor) -> Any:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from types import FrameType, ModuleType, SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -67,7 +67,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
 def _models_of_configs(modeling: Any, note: Note) -> AbstractContextManager[Any]:
     """Let from_pretrained build the model of its configuration, and read no weights."""
 
-    def from_pretrained(cls: Any, name: Any, *_: Any, config: Any = None, **options: Any) -> Any:
+    def from_pretrained(cls: Any, /, name: Any, *_: Any, config: Any = None, **options: Any) -> Any:
         _refuse_quantised(options)
         if config is None or isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(name if config is None else config)
@@ -177,7 +177,9 @@ def _lengths(dataset: Any) -> list[int] | None:
 class _Anything(ModuleType):
     """A module, object or function that takes everything and does nothing."""
 
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -248,13 +250,13 @@ def _kernel_libraries_refused() -> AbstractContextManager[None]:
 
 def _is_imported_by_script() -> bool:
     """Return whether the innermost import statement that runs is not a library's."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         is_machinery = file.startswith("<frozen") or "importlib" in file or file == __file__
         if not is_machinery and not file.endswith("library_patches.py"):
             return not LIBRARIES & set(Path(file).parts)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

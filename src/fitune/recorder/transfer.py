@@ -17,7 +17,6 @@ _TEXT = "text"
 
 
 def write_recording(recording: Recording, path: Path) -> None:
-    columns: dict[str, Any] = {name: getattr(recording, name) for name in COLUMNS}
     text = {
         "labels": recording.labels,
         "loops": recording.loops,
@@ -26,7 +25,8 @@ def write_recording(recording: Recording, path: Path) -> None:
     }
     encoded = np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)
     with path.open("wb") as file:
-        np.savez_compressed(file, **{_TEXT: encoded}, **columns)
+        arrays: dict[str, Any] = {_TEXT: encoded}
+        np.savez_compressed(file, **arrays | {name: getattr(recording, name) for name in COLUMNS})
 
 
 def read_recording(path: Path) -> Recording:
