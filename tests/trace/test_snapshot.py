@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from fitune.allocator.replay import ReplaySettings, replay
+from fitune.cli.app import main
 from fitune.errors import UsageError
 from fitune.trace.snapshot import read_snapshot
 
@@ -106,3 +107,23 @@ def test_a_file_that_is_no_snapshot_is_refused(tmp_path: Path, content: bytes) -
 def test_a_snapshot_without_history_says_how_to_record_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="_record_memory_history"):
         read_snapshot(write(tmp_path, []))
+
+
+def test_the_command_shows_what_filled_a_card_and_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [
+        {"name": "linear", "filename": "/x/torch/nn/functional.py", "line": 1},
+        {"name": "forward", "filename": "/home/me/model.py", "line": 41},
+    ]
+    actions = [
+        action("alloc", 1, 3 << 30) | {"frames": frames},
+        {"action": "oom", "size": 2 << 30, "device_free": 1 << 30, "stream": 0},
+    ]
+    path = write(tmp_path, actions)
+    assert main(["plan", "--snapshot", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "out of memory: 2.0 GiB were asked for, with 1.0 GiB free on the card" in shown
+    assert "model.py:41 forward" in shown
+    assert main(["plan", "--snapshot", str(path), "--gpu", "RTX 4090"]) == 2
+    assert "--snapshot shows what a card recorded: drop --gpu" in capsys.readouterr().err

@@ -35,6 +35,7 @@ VERBS = {
     "env": "The machine: cards, memory, driver, versions.",
     "check": "What the data is: format, template, supervised share, lengths, samples cut or lost.",
     "plan": "Predicted memory and time of each setting; the fastest that fits, and why not the others.",
+    "explain": "What a message that the card ran out of memory means, and what helps.",
     "train": "Train by a configuration.",
     "sweep": "Several configurations one after another, then compared.",
     "watch": "A run live, or as it ended: progress, memory, loss, events.",

@@ -83,6 +83,14 @@ def plan(
             group=_SETTINGS,
         ),
     ] = None,
+    snapshot: Annotated[
+        str | None,
+        Parameter(
+            help="show what filled a card, from a file of torch.cuda.memory._dump_snapshot",
+            metavar="FILE",
+            group=_SETTINGS,
+        ),
+    ] = None,
     output_format: Format = "auto",
 ) -> None:
     """Predict memory and time of each setting, and pick the fastest that fits with the same result.
@@ -98,12 +106,21 @@ def plan(
             "--splits": splits is not None,
             "--measure": measure,
             "--trainer": trainer is not None,
+            "--snapshot": snapshot is not None,
+            "--gpu": gpu is not None,
             "--apply": apply is not None,
             "--all": every,
             "--memory-limit": budget is not None,
             "--format": output_format != "auto",
         }
     )
+    if snapshot is not None:
+        from fitune.cli.plan_snapshot import show_snapshot
+
+        if words or flags != ConfigFlags():
+            raise UsageError("--snapshot shows what has happened: give no configuration with it")
+        show_snapshot(Path(snapshot), output_format)
+        return
     if trainer is not None:
         from fitune.cli.plan_trainer import plan_trainer
 
@@ -178,6 +195,20 @@ def plan(
 
 #: (a flag, other flags that would have no effect with it, the reason).
 _EXCLUSIVE_FLAGS = (
+    (
+        "--snapshot",
+        (
+            "--trainer",
+            "--gpu",
+            "--gpus",
+            "--splits",
+            "--measure",
+            "--apply",
+            "--all",
+            "--memory-limit",
+        ),
+        "shows what a card recorded",
+    ),
     (
         "--trainer",
         ("--gpus", "--splits", "--measure", "--apply", "--all", "--memory-limit"),

@@ -8,6 +8,7 @@ others have the category of their phase.
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +74,26 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
     )
 
 
+@dataclass(frozen=True)
+class FailedRequest:
+    """An allocation for which the card had no room."""
+
+    num_bytes: int
+    #: what the card had free then
+    free_bytes: int
+
+
+def failed_requests(path: Path, *, device: int = 0) -> list[FailedRequest]:
+    """Return the allocations of a snapshot that failed, in order; `read_snapshot` must accept it."""
+    with path.open("rb") as file:
+        actions = _PlainUnpickler(file).load()["device_traces"][device]
+    return [
+        FailedRequest(int(action["size"]), int(action.get("device_free", action.get("addr", 0))))
+        for action in actions
+        if action["action"] == "oom"
+    ]
+
+
 def _events(
     actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
 ) -> Iterator[MemoryEvent]:
@@ -103,6 +124,7 @@ def _events(
                 _CATEGORY[phase],
                 phase,
                 step=step,
+                module=_place(action.get("frames", ())),
                 op=op,
                 stream=stream,
             )
@@ -118,6 +140,7 @@ def _events(
                 allocated.category,
                 phase,
                 step=step,
+                module=allocated.module,
                 op=allocated.op,
                 stream=allocated.stream,
             )
@@ -157,6 +180,15 @@ def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
         ):
             return "backward"
     return "forward"
+
+
+def _place(frames: Sequence[Mapping[str, Any]]) -> str:
+    """Return the innermost line of code outside of PyTorch, as file:line and function."""
+    for frame in frames:
+        parts = Path(str(frame.get("filename", ""))).parts
+        if parts and "torch" not in parts and not parts[0].startswith("??"):
+            return f"{parts[-1]}:{frame.get('line', 0)} {frame.get('name', '')}"
+    return ""
 
 
 def _innermost(frames: Sequence[Mapping[str, Any]]) -> str:
