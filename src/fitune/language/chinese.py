@@ -1,5 +1,7 @@
 """The Chinese of what `say` is given, by its English. One part for each command, so that they grow apart."""
 
+from fitune.language.chinese_oom import OUT_OF_MEMORY
+
 _PLAN: dict[str, str] = {
     "micro-batch x accumulation": "微批大小 x 梯度累积",
     "gradient checkpointing": "梯度检查点",
@@ -380,4 +382,4 @@ _COMMANDS: dict[str, str] = {
     "as configured": "按配置",
 }  # fmt: skip
 
-CHINESE: dict[str, str] = {**_PLAN, **_REPORT, **_WATCH, **_COMMANDS}
+CHINESE: dict[str, str] = {**_PLAN, **_REPORT, **_WATCH, **_COMMANDS, **OUT_OF_MEMORY}
