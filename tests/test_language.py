@@ -115,6 +115,8 @@ NOT_SAID = (
     r"Korthikanti et al\. 2022|Total (train batch size|optimization steps)|limits of the block",  # names
     r"^3 of 3 \(3 tokens with padding\)$",  # a sentence that begins with values
     r"keys did not match$",  # words of peft
+    r"Tried to allocate 3$|total capacity of 3|memory in use$|(allocated|but unallocated|in total) ?(by PyTorch)?$",
+    # words of PyTorch, which are read
 )
 
 

@@ -1,6 +1,10 @@
 """What a person types, and what is asked of it: the commands, their help, configurations and sizes."""
 
 COMMANDS: dict[str, str] = {
+    "--snapshot shows what has happened: give no configuration with it": "--snapshot 显示已经发生的事：请不要同时给配置",
+    "shows what a card recorded": "显示显卡录制的内容",
+    "there is no 'CUDA out of memory. Tried to allocate ...' in this text: give the whole message of torch.OutOfMemoryError": "这段文字里没有 'CUDA out of memory. Tried to allocate ...'：请给出 torch.OutOfMemoryError 的完整报错",
+    "no message: paste it, as in fitune explain < message.txt": "没有报错：请粘贴，例如 fitune explain < message.txt",
     "{doing} ran out of memory ({error}): close other programs, or give it a smaller model or batch": "{doing}时内存或显存不足（{error}）：请关闭其他程序，或换更小的模型或批大小",
     "{doing} cannot go on: {filename}: {strerror}": "{doing}无法继续：{filename}：{strerror}",
     "{doing} met an error that it does not know: {name} at {error}: {error_2}; FITUNE_DEBUG=1 shows the whole of it: look there for what was given, and report it where that is right": "{doing}遇到未知错误：{name}，位于 {error}：{error_2}；设 FITUNE_DEBUG=1 可看完整信息：请据此检查所给的内容，若内容无误请报告",
