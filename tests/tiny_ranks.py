@@ -1,5 +1,6 @@
 """Processes that train together as torchrun would start them, forked from a server that has everything imported."""
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -75,4 +76,6 @@ def _be(
         os.dup2(
             os.open(f"{variables['RANK']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number
         )
+    # a process that a signal ends says where, in its R.err
+    faulthandler.enable()
     sys.exit(target(*arguments))

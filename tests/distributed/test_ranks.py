@@ -204,7 +204,7 @@ def test_the_second_process_says_nothing(place: Path) -> None:
 
 
 def test_the_journal_of_two_processes_is_replayed_by_two() -> None:
-    assert train("--replay", str(TWO.path)) == [0, 0]
+    assert train("--replay", str(TWO.path)) == [0, 0], Path("0.err").read_text()
     (replayed,) = Path("runs").glob("two-replay-*")
     assert_same(RunDirectory(replayed))
 
@@ -221,7 +221,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_bit_for_bit() -> 
     assert "error: rank 0: another of the 2 processes is gone" in Path("0.err").read_text()
     run = RunDirectory(Path("runs/killed"))
     assert read_run(run.path).state == "failed"
-    assert train("--resume", str(run.path)) == [0, 0]
+    assert train("--resume", str(run.path)) == [0, 0], Path("0.err").read_text()
     assert_same(run)
 
 
@@ -234,12 +234,14 @@ def test_a_process_without_memory_for_a_row_ends_all_with_its_sentence_and_nothi
     assert f"the weights of step {FAULTY_STEP - 1} are in" in said
     run = RunDirectory(Path("runs/full"))
     assert read_summary(run.summary).steps == FAULTY_STEP - 1
-    assert train("--resume", str(run.path)) == [0, 0]
+    assert train("--resume", str(run.path)) == [0, 0], Path("0.err").read_text()
     assert_same(run)
 
 
 def test_a_process_that_runs_out_of_memory_twice_changes_nothing_but_the_events() -> None:
-    assert train("sft.yaml", "run.name=twice", fault=without_memory_twice) == [0, 0]
+    assert train("sft.yaml", "run.name=twice", fault=without_memory_twice) == [0, 0], Path(
+        "0.err"
+    ).read_text()
     run = RunDirectory(Path("runs/twice"))
     assert_close(run, TWO)
     told = [event.message for event in read_events(run.events) if event.kind == "out_of_memory"]
@@ -255,7 +257,7 @@ def test_an_update_without_memory_ends_all_and_the_run_goes_on_bit_for_bit() -> 
         "rank 1: out of memory in the middle of the optimizer's update" in Path("0.err").read_text()
     )
     run = RunDirectory(Path("runs/torn"))
-    assert train("--resume", str(run.path)) == [0, 0]
+    assert train("--resume", str(run.path)) == [0, 0], Path("0.err").read_text()
     assert_same(run)
 
 
@@ -265,7 +267,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step() -> None:
     summary = read_summary(run.summary)
     assert (summary.status, summary.steps) == ("stopped", FAULTY_STEP)
     assert Path("1.err").read_text() == ""
-    assert train("--resume", str(run.path)) == [0, 0]
+    assert train("--resume", str(run.path)) == [0, 0], Path("0.err").read_text()
     assert_same(run)
 
 
@@ -290,7 +292,9 @@ def test_processes_with_different_weights_are_found_before_they_are_saved() -> N
 
 
 def test_a_process_without_a_row_of_the_step_trains_along() -> None:
-    assert train("sft.yaml", "run.name=sparse", "batch.effective=1", "train.steps=3") == [0, 0]
+    assert train("sft.yaml", "run.name=sparse", "batch.effective=1", "train.steps=3") == [0, 0], (
+        Path("0.err").read_text()
+    )
     assert train("sft.yaml", "run.name=alone", "batch.effective=1", "train.steps=3", size=1) == [0]
     assert_close(RunDirectory(Path("runs/sparse")), RunDirectory(Path("runs/alone")))
     assert all(

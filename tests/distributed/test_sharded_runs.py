@@ -109,7 +109,9 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_bit_for_bit() -> 
 
 
 def test_a_process_that_runs_out_of_memory_twice_changes_nothing_but_the_events() -> None:
-    assert train(*SHARDED, "run.name=twice", fault=without_memory_twice) == [0, 0]
+    assert train(*SHARDED, "run.name=twice", fault=without_memory_twice) == [0, 0], Path(
+        "0.err"
+    ).read_text()
     run = RunDirectory(Path("runs/twice"))
     assert_close(run, TWO)
     told = [event.message for event in read_events(run.events) if event.kind == "out_of_memory"]
@@ -137,7 +139,7 @@ def test_a_signal_to_one_process_stops_all_and_one_alone_cannot_go_on() -> None:
     assert (
         "was saved by model.shard=full: go on with it under torchrun" in Path("0.err").read_text()
     )
-    assert train("--resume", "runs/stopped") == [0, 0]
+    assert train("--resume", "runs/stopped") == [0, 0], Path("0.err").read_text()
     assert_same(RunDirectory(Path("runs/stopped")))
 
 
@@ -163,7 +165,7 @@ def test_the_journal_of_two_processes_is_replayed_by_two() -> None:
 
 def test_a_process_without_a_row_of_the_step_trains_along() -> None:
     words = ("batch.effective=1", "train.steps=2")
-    assert train(*SHARDED, "run.name=sparse", *words) == [0, 0]
+    assert train(*SHARDED, "run.name=sparse", *words) == [0, 0], Path("0.err").read_text()
     assert train("sft.yaml", "run.name=alone", *words, size=1) == [0]
     assert_close(RunDirectory(Path("runs/sparse")), RunDirectory(Path("runs/alone")))
 
