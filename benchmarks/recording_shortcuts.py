@@ -1,10 +1,11 @@
 """What each short cut of the recordings saves: the first plan of a model with all of them, and without one at a time.
 
-    python benchmarks/recording_shortcuts.py [--only minimind2] [--rounds 2]
+    python benchmarks/recording_shortcuts.py [--only minimind2] [--rounds 2] [--all]
 
 Each plan has a process of its own and an empty cache; the variants of a model run in turns. Counted are the recordings
 that were made, and the processor time of the plan without imports, the least of the rounds. A short cut that saves less
-than a tenth of it should go. Writes benchmarks/results/recording_shortcuts.json after each model.
+than a tenth of it should go. Writes benchmarks/results/recording_shortcuts.json after each
+model, with --all recording_shortcuts_all.json.
 """
 
 import argparse
@@ -30,8 +31,11 @@ SHORTCUTS = {
 }
 
 
-def work(model: dict[str, Any], without: str) -> dict[str, Any]:
-    """Plan in this process. without: the method of RecordingFamily that finds nothing."""
+def work(model: dict[str, Any], without: str, *, every: bool) -> dict[str, Any]:
+    """Plan in this process.
+
+    without: the method of RecordingFamily that finds nothing. every: as for `fitune plan --all`.
+    """
     from fitune.config import read_config
     from fitune.planning.search import choose_plan
     from fitune.trace.library import Recordings
@@ -53,7 +57,7 @@ def work(model: dict[str, Any], without: str) -> dict[str, Any]:
     }
     config = read_config(values).config
     began = time.process_time()
-    plan = choose_plan(config, gpu=PLAN_GPU, search="brief")
+    plan = choose_plan(config, gpu=PLAN_GPU, search="all" if every else "brief")
     return {
         "cpu_seconds": time.process_time() - began,
         "num_recordings": count[0],
@@ -61,10 +65,10 @@ def work(model: dict[str, Any], without: str) -> dict[str, Any]:
     }
 
 
-def measure(model: dict[str, Any], without: str) -> dict[str, Any]:
+def measure(model: dict[str, Any], without: str, *, every: bool) -> dict[str, Any]:
     with TemporaryDirectory() as cache:
         out = subprocess.run(
-            [sys.executable, __file__, "--worker", json.dumps([model, without])],
+            [sys.executable, __file__, "--worker", json.dumps([model, without, every])],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
@@ -79,11 +83,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", choices=PLANS)
+    parser.add_argument("--all", action="store_true", help="plans as with fitune plan --all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        print(json.dumps(work(*json.loads(options.worker))))
+        model, without, every = json.loads(options.worker)
+        print(json.dumps(work(model, without, every=every)))
         return
     results: dict[str, dict[str, Any]] = {}
     for name in options.only or PLANS:
@@ -91,7 +97,10 @@ def main() -> None:
         with TemporaryDirectory() as directory:
             model = _with_architecture(model, architecture, Path(directory))
             rounds = [
-                {shortcut: measure(model, method) for shortcut, method in SHORTCUTS.items()}
+                {
+                    shortcut: measure(model, method, every=options.all)
+                    for shortcut, method in SHORTCUTS.items()
+                }
                 for _ in range(options.rounds)
             ]
         results[name] = {
@@ -106,7 +115,8 @@ def main() -> None:
                 flush=True,
             )
         if not options.only:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            path = RESULTS.with_stem(f"{RESULTS.stem}_all") if options.all else RESULTS
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
