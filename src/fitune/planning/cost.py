@@ -27,7 +27,10 @@ LINK_SHARE = 0.8
 #: bytes per second that an optimizer's update reads and writes in the host's memory: fused AdamW on
 #: one core of an EPYC server moved 42e9 (25.8 M parameters, 28 bytes each, in 0.017 s)
 HOST_BANDWIDTH = 40e9
-#: for an eager operator and its part of autograd, on the processor that launches for the card
+#: An eager operator with its part of autograd, on the processor that launches for the card. This
+#: is no property of the card, so a card in this machine takes what is measured of its processor
+#: (`rates.launch_seconds_here`), and one elsewhere this value: of a processor somewhat faster than
+#: the server's on which that is 9.4 us.
 CARD_LAUNCH_SECONDS = 8e-6
 #: Selective checkpointing calls a Python function for every operator, so each recomputed operator
 #: costs so many launches more. Fitted to the settings of benchmarks/plan.py on a CPU, twelve of
@@ -117,8 +120,11 @@ class StepShape:
     row_tokens: float
 
 
-def card_ceilings(device: Device) -> Ceilings | None:
-    """Return the rates of a card of the catalogue; None for a card that is not in it."""
+def card_ceilings(device: Device, *, launch_seconds: float | None = None) -> Ceilings | None:
+    """Return the rates of a card of the catalogue; None for a card that is not in it.
+
+    launch_seconds: of the processor that launches; None where it is not known.
+    """
     half, single = device.float16_flops_per_second, device.float32_flops_per_second
     bandwidth = device.bandwidth_bytes_per_second
     if half is None or single is None or bandwidth is None:
@@ -138,7 +144,7 @@ def card_ceilings(device: Device) -> Ceilings | None:
         bandwidths=((1.0, CARD_BANDWIDTH_SHARE * bandwidth),),
         exponential_bandwidth=None,
         mapped_bandwidth=None,
-        launch_seconds=CARD_LAUNCH_SECONDS,
+        launch_seconds=launch_seconds or CARD_LAUNCH_SECONDS,
         asynchronous=True,
         origin=f"rates of {device.name}'s data sheet, {share} of them in matrix products",
         link_bandwidth=None if link is None else LINK_SHARE * link,

@@ -11,8 +11,10 @@ from typing import Literal
 
 from fitune.config import Recompute
 from fitune.errors import TooLongError
+from fitune.machine.cards import Device
 from fitune.planning.calibration import calibration_factor
 from fitune.planning.choices import Choice
+from fitune.planning.compiling import saved_launches
 from fitune.planning.cost import (
     SELECTIVE_LAUNCHES,
     Ceilings,
@@ -26,7 +28,7 @@ from fitune.planning.cost import (
 )
 from fitune.planning.forecast import Forecaster
 from fitune.planning.plan import ADAMW_HOST
-from fitune.planning.rates import cpu_ceilings
+from fitune.planning.rates import cpu_ceilings, launch_seconds_here
 
 #: times are rounded to steps of one percent: they are not more accurate, and nearer ones are ties
 STEP = 1.01
@@ -55,9 +57,7 @@ class Pricer:
         self._forecaster, self._base = forecaster, choices[0].variant
         self._sizes = _two_sizes(choices, forecaster)
         device = forecaster.limits.device
-        self._ceilings: Ceilings | None = (
-            cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
-        )
+        self._ceilings = _ceilings_of(device)
         self._seconds: dict[tuple[Choice, Bound | None], float | None] = {}
         self._untimed: TooLongError | None = None
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
@@ -75,10 +75,29 @@ class Pricer:
             else:
                 base = replace(self._base, loss=choice.loss)
                 try:
-                    self._seconds[key] = self._price(choice, base if bound else choice.variant)
+                    seconds = self._price(choice, base if bound else choice.variant)
                 except TooLongError as error:
-                    self._seconds[key], self._untimed = None, error
+                    seconds, self._untimed = None, error
+                # rounded before the factor is applied, so that a measured run does not change the
+                # ties
+                self._seconds[key] = (
+                    None
+                    if seconds is None
+                    else (self._factor or 1.0) * STEP ** round(math.log(seconds, STEP))
+                )
         return self._seconds[key]
+
+    def with_compiled_layers(self, choice: Choice, num_layers: int) -> tuple[float, float] | None:
+        """Return the seconds of the mean step, as it is and with compiled layers.
+
+        Returns None where `seconds` does.
+        """
+        if self.seconds(choice) is None:
+            return None
+        plain = self._price(choice, choice.variant)
+        compiled = self._price(choice, choice.variant, compiled_layers=num_layers)
+        factor = self._factor or 1.0
+        return None if plain is None or compiled is None else (factor * plain, factor * compiled)
 
     def _by_layers(self, choice: Choice) -> float | None:
         """Return the "layers" bound."""
@@ -90,8 +109,11 @@ class Pricer:
             return None
         return least + _SURE * PARTS[choice.recompute] * (most - least)
 
-    def _price(self, choice: Choice, variant: Choice) -> float | None:
-        """Return the seconds of the mean step of `choice`, from recordings of `variant`."""
+    def _price(self, choice: Choice, variant: Choice, *, compiled_layers: int = 0) -> float | None:
+        """Return the seconds of the mean step of `choice`, from recordings of `variant`.
+
+        compiled_layers: the layers that are compiled, none or all.
+        """
         if self._ceilings is None:
             return None
         work = self._forecaster.work
@@ -122,16 +144,12 @@ class Pricer:
             few = attending(few, shape.row_tokens / low.row_tokens)
             many = attending(many, shape.row_tokens / high.row_tokens)
             assert self._ceilings is not None
-            return seconds_of(
-                mixed((1 - at, few), (at, many), (-unsupervised, head)),
-                self._ceilings,
-                more_launches=more,
-            )
+            works = mixed((1 - at, few), (at, many), (-unsupervised, head))
+            saved = saved_launches(works, compiled_layers) if compiled_layers else 0.0
+            return seconds_of(works, self._ceilings, more_launches=more - saved)
 
         first, later = micro_seconds(low.first, high.first), micro_seconds(low.later, high.later)
-        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(update, self._ceilings)
-        # rounded before the factor is applied, so that a measured run does not change the ties
-        return (self._factor or 1.0) * STEP ** round(math.log(seconds, STEP))
+        return first + (shape.num_micro_batches - 1) * later + seconds_of(update, self._ceilings)
 
     @property
     def assumption(self) -> str:
@@ -153,6 +171,14 @@ class Pricer:
         whole = self._forecaster.work(base, tokens=tokens)
         half = self._forecaster.work(base, tokens=tokens, supervised_fraction=0.5)
         return mixed((2 / tokens, whole.later), (-2 / tokens, half.later))
+
+
+def _ceilings_of(device: Device) -> Ceilings | None:
+    """Return the rates of the device; None for a card that is not in the catalogue."""
+    if device.kind == "cpu":
+        return cpu_ceilings()
+    is_here = device.free_bytes is not None
+    return card_ceilings(device, launch_seconds=launch_seconds_here() if is_here else None)
 
 
 def _two_sizes(choices: Sequence[Choice], forecaster: Forecaster) -> tuple[int, int]:

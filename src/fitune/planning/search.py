@@ -23,6 +23,7 @@ from fitune.planning.candidates import (
     planned_data,
 )
 from fitune.planning.choices import RECOMPUTES, Choice, host_choices, proposals, same_choices
+from fitune.planning.compiling import compile_note
 from fitune.planning.forecast import Forecast, Forecaster
 from fitune.planning.limits import Lengths, MemoryLimits, find_lengths, find_limits, free_bytes
 from fitune.planning.optimizer_facts import plan_training
@@ -471,11 +472,23 @@ class _Search:
             assumptions=(
                 self.pricer.assumption,
                 *self.for_several(shown),
+                *self.compiling(chosen, shown),
                 *shown.notes,
                 *notes,
                 *self.refused,
             ),
         )
+
+    def compiling(self, chosen: Choice | None, shown: Forecast) -> Iterator[str]:
+        """Yield what compiled layers would save of a step on the card."""
+        model, on_card = self.config.model, self.limits.device.kind == "cuda"
+        if chosen is None or not on_card or model.compile or model.shard != "none":
+            return
+        seconds = self.pricer.with_compiled_layers(chosen, shown.num_layers)
+        if seconds is not None:
+            training = plan_training(self.whole, self.lengths, precision=shown.precision)
+            steps = None if training.length is None else training.length.steps
+            yield compile_note(*seconds, num_steps=steps)
 
     def for_several(self, shown: Forecast) -> Iterator[str]:
         """Yield what the predicted times lack where several cards train together."""

@@ -1,0 +1,67 @@
+"""Weighs `model.compile` for a setting: what it saves of a step, against the time that compiling takes.
+
+Compiled layers need fewer launches, which is worth something only where a card waits for them. What
+compiled kernels save of the card's own time is not counted.
+"""
+
+import math
+from collections.abc import Sequence
+
+from fitune.planning.cost import OpCost
+from fitune.units import format_seconds
+
+#: Launches of a compiled layer, forward and backward, that are neither products nor attention.
+#: Counted on a rehearsed card (docs/rehearsal.md, Triton): 15 in minimind2-small and minimind2, 16 in
+#: Qwen2.5-0.5B with LoRA.
+COMPILED_KERNELS = 16
+#: What the Python around a compiled layer costs, in launches: the difference between the launches
+#: that compiling saves and the processor time that it saves, Qwen2.5-0.5B with LoRA, rehearsed.
+COMPILED_OVERHEAD = 15
+#: All layers of a kind are compiled once. Measured on two shared cores for Qwen2.5-0.5B with LoRA:
+#: 46 s of processor time, and Triton's compilations in processes beside it.
+COMPILE_SECONDS = 60.0
+#: a smaller part of a step is not worth a note that says how much
+LEAST_SHARE = 0.03
+#: They launch nothing, or stay outside of compiled layers: weights are cast before a layer,
+#: gradients are added after it, and norms are read from them.
+_NOT_FUSED = {
+    *("aten.empty_like", "aten.new_empty", "aten.empty.memory_format"),
+    *("aten._foreach_copy_", "aten.add_", "aten.dot"),
+}
+
+
+def saved_launches(works: Sequence[OpCost], num_layers: int) -> float:
+    """Return the launches that compiled layers save of a micro-batch; below 0 where they add some.
+
+    An operator that is in every layer has so many calls or a multiple; the rest is outside.
+    """
+    fused = sum(
+        math.floor(work.launches / num_layers + 1e-6) * num_layers
+        for work in works
+        if work.flops == 0 and work.op not in _NOT_FUSED
+    )
+    return fused - num_layers * (COMPILED_KERNELS + COMPILED_OVERHEAD)
+
+
+def compile_note(seconds: float, compiled_seconds: float, *, num_steps: float | None) -> str:
+    """Return what a plan says of `model.compile`, as a message.
+
+    seconds: of a step.
+    num_steps: of the run; None where its length is not known.
+    """
+    saved = seconds - compiled_seconds
+    step = f"{1000 * seconds:.3g} ms"
+    if saved < LEAST_SHARE * seconds:
+        return f"model.compile=true would save nothing of the {step} of a step (predicted, not measured)"
+    known = (
+        f"model.compile=true would save about {1000 * saved:.3g} ms of the {step} of a step, and compiling takes about "
+        f"{COMPILE_SECONDS:.0f} s (predicted, not measured)"
+    )
+    if num_steps is None:
+        return f"{known}: worth it from {math.ceil(COMPILE_SECONDS / saved):,} steps on"
+    whole = num_steps * saved
+    return (
+        f"{known}: worth it, {format_seconds(whole)} over this run"
+        if whole > COMPILE_SECONDS
+        else f"{known}: not worth it, {format_seconds(whole)} over this run"
+    )
