@@ -18,7 +18,7 @@ import fitune
 from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
 from fitune.config import ModelConfig
-from fitune.errors import ModelError
+from fitune.errors import ModelError, UsageError
 from fitune.model.load import build_model, load_model, load_tokenizer
 from fitune.model.save import save_model
 from fitune.planning.plan import closest
@@ -314,4 +314,40 @@ def test_a_number_of_layers_that_nobody_builds_is_refused(tmp_path: Path) -> Non
     with pytest.raises(
         ModelError, match="says that it has 1,000,000,000 layers, and at most 10,000 are built"
     ):
+        load_model(ModelConfig(source=str(tmp_path)), torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vocab_size", 10**13),
+        ("vocab_size", 0),
+        ("hidden_size", 10**9),
+        ("head_dim", 0),
+        ("intermediate_size", -1),
+        ("num_hidden_layers", -1),
+    ],
+)
+def test_a_size_that_nobody_builds_is_refused(name: str, size: int, tmp_path: Path) -> None:
+    TINY_LLAMA.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {name: size}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"says {name}: {size:,}, and from \d to 10,000,000 is"):
+        load_model(ModelConfig(source=str(tmp_path)), torch.device("meta"))
+
+
+def test_a_micro_batch_that_fills_the_memory_of_the_prediction_is_refused(tmp_path: Path) -> None:
+    TINY_LLAMA.save_pretrained(tmp_path)
+    config = {"model": {"source": str(tmp_path)}, "data": {"train": "none"}}
+    rows = ["batch.effective=1000000", "batch.micro=1000000"]
+    with pytest.raises(UsageError, match="tokens in one or two micro-batches are more than is"):
+        fitune.predict(config, gpu="RTX 4090", overrides=rows)
+
+
+@pytest.mark.parametrize("share", [-0.5, 1.0, 2.0])
+def test_a_dropout_that_is_no_share_is_refused(share: float, tmp_path: Path) -> None:
+    TINY_LLAMA.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"attention_dropout": share}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"says attention_dropout: {share:g}, and a dropout is"):
         load_model(ModelConfig(source=str(tmp_path)), torch.device("meta"))

@@ -72,6 +72,18 @@ if not (logger := logging.getLogger("bitsandbytes")).level:
 #: tensors in older files that a model computes itself: rotary frequencies and causal masks
 _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _MOST_LAYERS = 10_000
+#: no model has nearly as many columns or tokens; a recording of one would not end
+_MOST_WIDTH = 10**7
+#: size in a configuration -> the smallest one that can be built
+_LEAST = {
+    "num_hidden_layers": 1,
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "head_dim": 1,
+    "intermediate_size": 0,
+    "num_attention_heads": 0,
+    "num_key_value_heads": 0,
+}
 #: For a damaged file transformers, tokenizers, gguf and safetensors raise exceptions without a
 #: common class.
 _READ_ERRORS = (Exception,)
@@ -413,6 +425,19 @@ def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
             "built: mend its "
             "config.json"
         )
+    for name, least in _LEAST.items():
+        size = getattr(text, name, None)
+        if isinstance(size, int) and not least <= size <= _MOST_WIDTH:
+            raise ModelError(
+                f"{model.source} says {name}: {size:,}, and from {least} to {_MOST_WIDTH:,} is "
+                "possible: mend its config.json"
+            )
+    for name, share in text.to_dict().items():
+        if "drop" in name and isinstance(share, float) and not 0 <= share < 1:
+            raise ModelError(
+                f"{model.source} says {name}: {share:g}, and a dropout is at least 0 and below 1: "
+                "mend its config.json"
+            )
     padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if (
         isinstance(padding, int)

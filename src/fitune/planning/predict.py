@@ -22,7 +22,7 @@ from fitune.allocator.prediction import (
 from fitune.boundary import bounded
 from fitune.config import BatchConfig, ModelConfig, RunConfig, read_config
 from fitune.distributed.sharding import gathered_layers
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, UsageError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
 from fitune.machine.libc import allocator_habit
@@ -40,6 +40,8 @@ from fitune.trace.sharded import sharded
 from fitune.units import format_bytes
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str
+#: of a recorded step; samples are laid out one by one, which takes minutes from here on
+MOST_TOKENS = 2**25
 #: assumed for a card whose compute capability is unknown
 OLDEST_FLASH = (8, 0)
 
@@ -134,6 +136,7 @@ def predict_run(
         )
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
+    _check_tokens(passes)
     recorded = (recordings or Recordings()).step(
         config, passes, target=cuda_target(config.model, device)
     )
@@ -261,6 +264,16 @@ def heaviest_passes(
         Pass("train", rows),
         evaluation=Pass("eval", rows, most_micro_batches=1) if config.data.is_evaluated else None,
     )
+
+
+def _check_tokens(passes: Sequence[Pass]) -> None:
+    """Raise UsageError for micro-batches so large that laying them out would fill the memory."""
+    tokens = max(sum(length for length, _ in each.rows) for each in passes)
+    if tokens > MOST_TOKENS:
+        raise UsageError(
+            f"{tokens:,} tokens in one or two micro-batches are more than is predicted "
+            f"({MOST_TOKENS:,}): lower batch.micro, batch.micro_tokens or data.max_length"
+        )
 
 
 def _in_process(
