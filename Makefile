@@ -36,7 +36,8 @@ test: check
 
 test-all: test test-thorough
 
-# What `make test` leaves out: full products of cases, and the pages in their second language.
+# What `make test` leaves out: full products of cases, pages in their second language, and long runs whose promise a
+# smaller test holds.
 test-thorough: install
 	$(PYTEST) -m thorough
 

@@ -130,8 +130,21 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_test_that_is_named_exists(page: Path) -> None:
-    for file, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
+
+
+def test_make_test_holds_every_promise() -> None:
+    """A test of which only some cases are marked `thorough` runs in `make test`, too."""
+    promises = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promises)
+    assert len(named) > 30
+    left_out = "@pytest.mark.thorough\n(?:@.*\n)*"
+    assert [
+        test
+        for file, test in named
+        if re.search(rf"{left_out}def {test}\(", (ROOT / file).read_text(encoding="utf-8"))
+    ] == []
 
 
 def test_both_readmes_say_the_same() -> None:

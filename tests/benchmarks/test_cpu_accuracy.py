@@ -7,7 +7,6 @@ import pytest
 from cpu_accuracy import QUICK, SETTINGS, compare, environment_of, read_results, section
 
 
-@pytest.mark.slow
 def test_a_step_takes_what_is_predicted_where_blocks_are_mapped() -> None:
     row = compare(QUICK, "mapped")
     assert row.failure is None

@@ -370,7 +370,6 @@ print(*peaks)
 """
 
 
-@pytest.mark.slow
 def test_ten_times_the_rows_take_no_ten_times_the_memory(tmp_path: Path, cache: Path) -> None:
     """A row of 140 tokens held as Python objects would be more than 1 kB; as numbers about the table it is 22 bytes,
     and a few times that while the split is made."""

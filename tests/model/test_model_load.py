@@ -349,7 +349,6 @@ print((status("VmHWM") - before) / sum(p.numel() * 4 for p in model.parameters()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak counter")
 def test_loading_peaks_at_the_weights_and_not_at_twice_their_size(tmp_path: Path) -> None:
     build_model(load_config(ModelConfig(source="minimind2-small"))).save_pretrained(tmp_path)

@@ -634,7 +634,6 @@ def test_signals_act_as_before_once_a_run_is_over(monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.slow
 def test_control_c_ends_the_process_with_saved_weights() -> None:
     process = subprocess.Popen(
         [

@@ -130,7 +130,6 @@ def test_wandb_holds_the_run_offline(place: Path) -> None:
     assert json.loads(summary.read_text())["status"] == "finished"
 
 
-@pytest.mark.slow
 def test_mlflow_holds_the_run_and_its_files(place: Path) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")  # mlflow-skinny has no store
