@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from fitune.cli.app import app, main
+from fitune.cli.app import SCRIPT_VERB, app, main
 from fitune.cli.examples import EXAMPLES
 
 VERBS = [verb for verb in EXAMPLES if verb]
@@ -17,7 +17,7 @@ def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_verb_has_examples() -> None:
-    assert set(VERBS) == {name for name in app if not name.startswith("-")}
+    assert {*VERBS, SCRIPT_VERB} == {name for name in app if not name.startswith("-")}
 
 
 @pytest.mark.parametrize("verb", [*VERBS, ""])

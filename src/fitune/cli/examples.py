@@ -7,7 +7,10 @@ EXAMPLES = {
     "": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune train sft.yaml"),
     "env": ("fitune env", "fitune env --format json"),
     "check": ("fitune check sft.jsonl --model ./my-model", "fitune check sft.yaml --show 2"),
-    "plan": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune plan sft.yaml batch.micro=4 --all"),
+    "plan": (
+        'fitune plan minimind2 --gpu "RTX 4090"',
+        'fitune plan --gpu "RTX 4090" -- python train.py --batch_size 6',
+    ),
     "explain": ("fitune explain < message.txt", "fitune explain train.log --format json"),
     "train": ("fitune train sft.yaml optim.lr=1e-5 --name second", "fitune train --resume latest"),
     "sweep": ("fitune sweep three.yaml", "fitune sweep three.yaml --dry-run"),

@@ -382,4 +382,14 @@ _COMMANDS: dict[str, str] = {
     "as configured": "按配置",
 }  # fmt: skip
 
-CHINESE: dict[str, str] = {**_PLAN, **_REPORT, **_WATCH, **_COMMANDS, **OUT_OF_MEMORY}
+_SCRIPT: dict[str, str] = {
+    "The script": "脚本",
+    "recording the script": "正在录制脚本",
+    "this script fits {card}: it needs {need} of {total}": "{card} 放得下这个脚本：需要 {need}，共 {total}",
+    "this script does not fit {card}: it needs {need} of {total}": "{card} 放不下这个脚本：需要 {need}，共 {total}",
+    "this script needs at most {need} of {total} on {card}: how much less is not known": "这个脚本在 {card} 上至多需要 {need}，共 {total}：比这少多少未知",
+    "not known": "未知",
+    "largest {name} that fits: {value}": "放得下的最大 {name}：{value}",
+}
+
+CHINESE: dict[str, str] = {**_PLAN, **_REPORT, **_WATCH, **_COMMANDS, **_SCRIPT, **OUT_OF_MEMORY}

@@ -9,6 +9,7 @@ from fitune.language.sentences_commands import COMMANDS
 from fitune.language.sentences_models import MODELS
 from fitune.language.sentences_runs import RUNS
 from fitune.language.sentences_screens import SCREENS
+from fitune.language.sentences_scripts import SCRIPTS
 
 _MESSAGES = {
     "message {number:n} is {kind}, not an object": "第 {number} 条消息是{kind}，不是对象",
@@ -330,5 +331,5 @@ _REASONS = {
 
 SENTENCES: dict[str, str] = {
     **_MESSAGES, **_ROWS, **_FILES, **_TEMPLATES, **_NOTES, **_LOGS, **_IMPORTS, **_REASONS,
-    **SCREENS, **COMMANDS, **MODELS, **RUNS,
+    **SCREENS, **COMMANDS, **MODELS, **RUNS, **SCRIPTS,
 }  # fmt: skip
