@@ -9,6 +9,7 @@ import pytest
 
 from byte_tokenizer import CHATML, byte_tokenizer
 from fitune.data import template_limits
+from fitune.data.chat_template import read_template
 from fitune.data.formats import Conversation
 from fitune.data.template_limits import limited
 from fitune.data.tokenise import encode, read_encoder
@@ -145,3 +146,10 @@ def test_ctrl_c_in_any_moment_leaves_the_process_its_memory(
         monkeypatch.setattr(limits, "_lock", Interrupted())
         limits.__exit__(None, None, None)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize("given", [5, ["{{ messages }}"], {"default": 5}])
+def test_a_template_that_is_no_text_is_one_sentence(given: object) -> None:
+    tokenizer = SimpleNamespace(chat_template=given, special_tokens_map={})
+    with pytest.raises(DataError, match="the tokenizer's chat template is no text: give a Jinja"):
+        read_template(tokenizer, None)

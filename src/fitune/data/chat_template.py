@@ -369,7 +369,9 @@ def read_template(
     Raises DataError if the file cannot be read or it is unclear which template is meant.
     """
 
-    def template(text: str, name: str) -> ChatTemplate:
+    def template(text: object, name: str) -> ChatTemplate:
+        if not isinstance(text, str):
+            raise DataError(f"{name} is no text: give a Jinja file with data.template")
         day = date or today()
         written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
         if "strftime_now(" in written:

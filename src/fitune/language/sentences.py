@@ -192,6 +192,7 @@ _LOGS = {
 }
 
 _IMPORTS = {
+    "{name} is no text: give a Jinja file with data.template": "{name}不是文本：请用 data.template 给出 Jinja 文件",
     "{source:w} is of {tool}": "{source} 是 {tool} 的配置",
     "the command is of {tool}": "这是 {tool} 的命令",
     "means something else here:": "在这里含义不同：",

@@ -54,6 +54,7 @@ from fitune.model.packed_attention import attention_name, check_attention
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
+from fitune.model.sizes import check_sizes
 from fitune.model.source import Kind, check_source, check_tokenizer, source_kind
 from fitune.model.untrusted_files import (
     check_cached_index,
@@ -71,19 +72,6 @@ if not (logger := logging.getLogger("bitsandbytes")).level:
 
 #: tensors in older files that a model computes itself: rotary frequencies and causal masks
 _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
-_MOST_LAYERS = 10_000
-#: no model has nearly as many columns or tokens; a recording of one would not end
-_MOST_WIDTH = 10**7
-#: size in a configuration -> the smallest one that can be built
-_LEAST = {
-    "num_hidden_layers": 1,
-    "vocab_size": 1,
-    "hidden_size": 1,
-    "head_dim": 1,
-    "intermediate_size": 0,
-    "num_attention_heads": 0,
-    "num_key_value_heads": 0,
-}
 #: For a damaged file transformers, tokenizers, gguf and safetensors raise exceptions without a
 #: common class.
 _READ_ERRORS = (Exception,)
@@ -127,7 +115,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     _check_causal(config, model)
     if not model.trust_remote_code:
         drop_references(config)
-    _check_sizes(config, model)
+    check_sizes(config, model.source)
     check_format(config, model)
     return config
 
@@ -413,41 +401,6 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         what = "an encoder" if encoder else "no causal language model that this transformers knows"
         raise ModelError(
             f"{model.source} is '{kind}', {what}: fitune trains decoder-only models like llama, qwen3 or gemma"
-        )
-
-
-def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise ModelError(
-            f"{model.source} says that it has {layers:,} layers, and at most {_MOST_LAYERS:,} are "
-            "built: mend its "
-            "config.json"
-        )
-    for name, least in _LEAST.items():
-        size = getattr(text, name, None)
-        if isinstance(size, int) and not least <= size <= _MOST_WIDTH:
-            raise ModelError(
-                f"{model.source} says {name}: {size:,}, and from {least} to {_MOST_WIDTH:,} is "
-                "possible: mend its config.json"
-            )
-    for name, share in text.to_dict().items():
-        if "drop" in name and isinstance(share, float) and not 0 <= share < 1:
-            raise ModelError(
-                f"{model.source} says {name}: {share:g}, and a dropout is at least 0 and below 1: "
-                "mend its config.json"
-            )
-    padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if (
-        isinstance(padding, int)
-        and isinstance(vocab_size, int)
-        and not -vocab_size <= padding < vocab_size
-    ):
-        raise ModelError(
-            f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of "
-            f"{vocab_size:,}: set it to null "
-            "or to a token's id in its config.json"
         )
 
 

@@ -155,10 +155,9 @@ def _bandwidth(num_elements: int) -> float:
 def _exponential_bandwidth() -> float:
     """Measure the bytes per second of SiLU, which reads and writes each element once."""
     import torch
-    from torch.nn.functional import silu
 
     values = torch.randn(_EXPONENTIAL_ELEMENTS)
-    return 2 * 4 * _EXPONENTIAL_ELEMENTS / _best(lambda: silu(values))
+    return 2 * 4 * _EXPONENTIAL_ELEMENTS / _best(lambda: torch.nn.functional.silu(values))
 
 
 def _attention_rate() -> float:

@@ -159,7 +159,7 @@ class _Probe(Generic[T]):
         value = loss.item() if self._shards is None else self._shards.peers.exchange(loss.item())[0]
         return value, torch.cat(samples)
 
-    def _notice_autocast(self, module: nn.Module, args: Any) -> None:
+    def _notice_autocast(self, module: nn.Module, args: object) -> None:
         """Allow for the rounding of 16-bit products, which is seen inside of the forward alone."""
         if torch.is_autocast_enabled(self._device.type):
             self.tolerance = max(self.tolerance, COARSE_TOLERANCE)
