@@ -399,7 +399,7 @@ class _GatedSilu(torch.autograd.Function):
         return functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (grad,) = grad_outputs
         (joined,) = ctx.saved_tensors
         gate, up = joined.chunk(2, dim=-1)

@@ -101,8 +101,7 @@ def choose_plan(
 class _Search:
     """The search for the fastest setting of one configuration.
 
-    It predicts settings one after another (`looked_at`). With several cards, the settings are those
-    of one card.
+    It predicts settings one after another (`looked_at`), with several cards those of one card.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class _Search:
         #: the configuration of one card, and that of all cards together
         self.config, self.whole = share_of(config, num_gpus), config
         self.forecaster, self.num_gpus = forecaster, num_gpus
-        self.notify, self.on_first = on_stage or _ignore, on_first
+        self.notify, self.on_first = on_stage or (lambda _: None), on_first
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         on_card = self.limits.device.kind == "cuda"
         #: the settings that do not change the result, and those of them whose optimizer updates
@@ -486,9 +485,8 @@ class _Search:
             return
         seconds = self.pricer.with_compiled_layers(chosen, shown.num_layers)
         if seconds is not None:
-            training = plan_training(self.whole, self.lengths, precision=shown.precision)
-            steps = None if training.length is None else training.length.steps
-            yield compile_note(*seconds, num_steps=steps)
+            length = plan_training(self.whole, self.lengths, precision=shown.precision).length
+            yield compile_note(*seconds, num_steps=None if length is None else length.steps)
 
     def for_several(self, shown: Forecast) -> Iterator[str]:
         """Yield what the predicted times lack where several cards train together."""
@@ -500,7 +498,3 @@ class _Search:
 
 #: the gradient checkpointing that saves fewer activations than the given one
 _SAVES_FEWER: Mapping[Recompute, Recompute] = {"every_4": "every_2", "every_2": "full"}
-
-
-def _ignore(text: str) -> None:
-    pass

@@ -151,7 +151,7 @@ def _data_ptr(tensor: FakeTensor) -> int:
     if caller in _READ_MEMORY:
         return torch.Tensor.data_ptr(tensor)
     offset = tensor.storage_offset() * tensor.element_size()
-    return int(tensor.untyped_storage()._cdata) + offset
+    return int(tensor.untyped_storage()._cdata) + int(offset)
 
 
 def _tolist(tensor: FakeTensor) -> Any:
