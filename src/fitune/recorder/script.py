@@ -8,6 +8,7 @@ named in `MemoryTrace.source`.
 import os
 import runpy
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import COMPILED
 from fitune.recorder.failures import explained
 from fitune.recorder.known_data import forget_data
+from fitune.recorder.library_patches import LIBRARIES
 from fitune.recorder.patience import Patience
 from fitune.recorder.record import fake_tensors, is_compiled, process_as_recorded
 from fitune.recorder.recorder import Recorder
@@ -157,14 +159,7 @@ def _shown(settings: ScriptSettings) -> str:
 def _failure(error: BaseException, settings: ScriptSettings) -> str:
     """Return the message for an exception of the script: what happened, and on which line."""
     frames = traceback.extract_tb(error.__traceback__)
-    libraries = {"site-packages", "dist-packages", "fitune", "torch"}
-    own = [
-        frame
-        for frame in frames
-        if not libraries & set(Path(frame.filename).parts)
-        and not frame.filename.startswith("<")
-        and "lib" not in Path(frame.filename).parts
-    ]
+    own = [frame for frame in frames if _is_own(Path(frame.filename))]
     place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else _shown(settings)
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return (
@@ -177,6 +172,16 @@ def _failure(error: BaseException, settings: ScriptSettings) -> str:
         "without fitune to see whether its arguments and files are right, and with FITUNE_DEBUG=1 "
         "for all that it printed"
     )
+
+
+#: Python's own modules, and fitune's
+_NOT_OWN = (Path(sysconfig.get_paths()["stdlib"]), Path(__file__).parent.parent)
+
+
+def _is_own(file: Path) -> bool:
+    """Return whether this is a file of the script's author."""
+    is_installed = LIBRARIES & set(file.parts) or any(map(file.is_relative_to, _NOT_OWN))
+    return not is_installed and not file.name.startswith("<")
 
 
 def _card(target: CudaTarget) -> Iterator[str]:
