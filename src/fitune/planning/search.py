@@ -62,11 +62,10 @@ def choose_plan(
         fastest that fits, the same setting with smaller micro-batches, and the setting that needs
         the least memory. "fastest" stops as soon as no other candidate can be faster than one that
         fits.
-    num_gpus: the number of equal cards that share the samples of a step; the plan shows the memory
-        of each card.
+    num_gpus: the number of equal cards that share the samples of a step; memory is of each card.
     on_stage: called with a text that says what is being done.
-    on_first: called with the answer whether the first predicted setting fits. That is the
-        configured setting, unless the configuration leaves the micro-batch open.
+    on_first: called with the answer whether the first predicted setting fits: the configured one,
+        unless the configuration leaves the micro-batch open.
 
     Raises what the checks of the configuration and of the model raise.
     """
@@ -116,18 +115,17 @@ class _Search:
         #: the configuration of one card, and that of all cards together
         self.config, self.whole = share_of(config, num_gpus), config
         self.forecaster, self.num_gpus = forecaster, num_gpus
-        self.notify, self.on_first = on_stage or (lambda _: None), on_first
+        self.notify, self.on_first = on_stage or _ignore, on_first
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         on_card = self.limits.device.kind == "cuda"
-        #: the settings that do not change the result, and those of them whose optimizer updates
-        #: on the host
+        #: the settings that do not change the result; those of them that update on the host
         self.choices = list(same_choices(self.config, self.lengths, on_card=on_card))
         self.on_host = (
             host_choices(self.config.model, self.config.optim, self.choices) if on_card else []
         )
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
-        #: why settings were left out, in order (a dict, so that each message is there once)
+        #: why settings were left out, in order, each reason once
         self.refused: dict[str, None] = {}
         self.too_long: TooLongError | None = None
         self.configured = None if self.config.batch.is_micro_open else self.choices[0]
@@ -498,3 +496,6 @@ class _Search:
 
 #: the gradient checkpointing that saves fewer activations than the given one
 _SAVES_FEWER: Mapping[Recompute, Recompute] = {"every_4": "every_2", "every_2": "full"}
+
+
+def _ignore(_: str) -> None: ...
