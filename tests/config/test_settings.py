@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from disturbed_run import predict_nothing
 from fitune.cli.app import main
 from fitune.model.load import build_model
 from fitune.run.metrics import read_metrics
@@ -48,6 +49,7 @@ def fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loss_falls_with(
     overrides: tuple[str, ...], fixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    predict_nothing(monkeypatch)
     monkeypatch.setenv("FITUNE_CACHE", str(fixture / "cache"))
     rate = "optim.lr=0.5" if "optim.name=sgd" in overrides else "optim.lr=0.02"
     words = (

@@ -313,6 +313,7 @@ def largest_micro_batch(config: RunConfig) -> list[Pass]:
     return around(config, Pass("train", micro * (config.batch.accumulation or 1)))
 
 
+@pytest.mark.thorough
 def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(
     tmp_path: Path, recorded: list[RunConfig]
 ) -> None:
