@@ -112,7 +112,7 @@ class _Search:
         num_gpus: int = 1,
         on_first: Callable[[FirstAnswer], None] | None = None,
     ) -> None:
-        #: the configuration of one card, and that of all cards together
+        # the configuration of one card, and that of all cards together
         self.config, self.whole = share_of(config, num_gpus), config
         self.forecaster, self.num_gpus = forecaster, num_gpus
         self.notify, self.on_first = on_stage or _ignore, on_first
@@ -129,8 +129,7 @@ class _Search:
         self.refused: dict[str, None] = {}
         self.too_long: TooLongError | None = None
         self.configured = None if self.config.batch.is_micro_open else self.choices[0]
-        self.num_expected = 0
-        self.skips_hopeless = False
+        self.num_expected, self.skips_hopeless = 0, False
 
     def thorough(self) -> Choice | None:
         """Predict every setting, and return the fastest that fits."""
