@@ -52,7 +52,7 @@ def build(name: str, **more: Any) -> Any:
 
 
 def attend(
-    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: varlen.Samples
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: varlen.PackedSamples
 ) -> Tensor:
     """Each sample alone, in float32, with a mask of its window."""
     found = []
@@ -70,7 +70,7 @@ def attend(
     return torch.cat(found).to(query_THD.dtype)
 
 
-class KernelsOnCpu(varlen.Kernels):
+class KernelsOnCpu(varlen.VarlenKernels):
     calls = 0
 
     def attend(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +78,7 @@ class KernelsOnCpu(varlen.Kernels):
         nothing = torch.zeros(0)
         return attend(*arguments), nothing, nothing
 
-    def differentiate(self, grad: Tensor, saved: Any, samples: varlen.Samples) -> Any:
+    def differentiate(self, grad: Tensor, saved: Any, samples: varlen.PackedSamples) -> Any:
         parts = [each.detach().requires_grad_() for each in saved[:3]]
         with torch.enable_grad():
             out = attend(*parts, samples)

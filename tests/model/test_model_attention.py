@@ -263,7 +263,7 @@ def test_the_variable_length_kernel_of_this_torch_takes_our_arguments(window: in
         query_THD = torch.empty(sum(LENGTHS), 4, 8, dtype=torch.bfloat16, requires_grad=True)
         keys_TGD = torch.empty(sum(LENGTHS), 2, 8, dtype=torch.bfloat16, requires_grad=True)
         cumulative = row_boundaries(LENGTHS, device=torch.device("cpu")).cumulative
-        samples = varlen.Samples(cumulative, max(LENGTHS), None, window)
+        samples = varlen.PackedSamples(cumulative, max(LENGTHS), None, window)
         out_THD = varlen.attend_packed(query_THD, keys_TGD, keys_TGD, samples)
         out_THD.sum().backward()
     assert out_THD.shape == query_THD.shape
@@ -283,7 +283,7 @@ def test_torch_before_windows_is_told_that_rows_are_causal(monkeypatch: pytest.M
     monkeypatch.setattr(varlen, "varlen_attn", lambda: varlen_attn)
     query_THD, keys_TGD = torch.zeros(28, 4, 8), torch.zeros(28, 2, 8)
     cumulative = row_boundaries(LENGTHS, device=torch.device("cpu")).cumulative
-    samples = varlen.Samples(cumulative, max(LENGTHS), None, 64)
+    samples = varlen.PackedSamples(cumulative, max(LENGTHS), None, 64)
     varlen.attend_packed(query_THD, keys_TGD, keys_TGD, samples)
     with pytest.raises(ModelError, match="sliding window"):
         varlen.attend_packed(query_THD, keys_TGD, keys_TGD, samples._replace(window=4))

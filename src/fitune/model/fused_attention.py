@@ -82,7 +82,7 @@ def _forward_after(own: Callable[..., Any]) -> Callable[..., Any]:
         boundaries = cast(kernels.RowBoundaries, row_boundaries)
         boundaries.visits.append(1)
         asked = fused.asked
-        samples = varlen.Samples(
+        samples = varlen.PackedSamples(
             boundaries.cumulative, boundaries.longest, asked.scale, asked.window
         )
         projected = fused.joined.product(hidden_states.to(dtype), dtype)
@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
         first: Tensor,
         second: Tensor,
         shape: tuple[int, int],
-        samples: varlen.Samples,
+        samples: varlen.PackedSamples,
     ) -> Tensor:
         num_queries, head_dim = shape
         heads = projected.view(*projected.shape[:-1], -1, head_dim)
@@ -141,7 +141,7 @@ class _Attention(torch.autograd.Function):
         # As a view the value would keep `projected` allocated until the backward.
         value = heads.squeeze(0)[:, num_rotated:].contiguous()
         parts = rotated[:, :num_queries], rotated[:, num_queries:], value
-        attended = cast(varlen.Kernels, varlen.kernels()).attend(*parts, samples)
+        attended = cast(varlen.VarlenKernels, varlen.kernels()).attend(*parts, samples)
         ctx.save_for_backward(cos, first, second, *parts, *attended)
         ctx.samples, ctx.num_rotated = samples, num_rotated
         return attended[0].flatten(1)[None]
@@ -151,7 +151,7 @@ class _Attention(torch.autograd.Function):
         *angles, query_THD, key, value, attended, scores, state = ctx.saved_tensors
         saved = query_THD, key, value, attended, scores, state
         grad_THD = grad_outputs[0].reshape(query_THD.shape)
-        of_parts = cast(varlen.Kernels, varlen.kernels()).differentiate(
+        of_parts = cast(varlen.VarlenKernels, varlen.kernels()).differentiate(
             grad_THD, saved, ctx.samples
         )
         heads = torch.cat(of_parts, dim=1)[None]

@@ -33,7 +33,7 @@ from fitune.config import Attention, Auto
 from fitune.errors import ModelError
 from fitune.model.rotary import Angles, angles_of
 from fitune.model.row_attention import Scoring, attend
-from fitune.model.varlen import Samples, attend_packed, has_window, varlen_attn
+from fitune.model.varlen import PackedSamples, attend_packed, has_window, varlen_attn
 
 Kernel = Literal["rows", "varlen", "flash_attn"]
 
@@ -228,7 +228,7 @@ def rows_attention(
             part.squeeze(0).transpose(0, 1)
             for part in (query_BHSD, key_BGSD, value_BGSD)
         )
-        samples = Samples(
+        samples = PackedSamples(
             row_boundaries.cumulative, row_boundaries.longest, scoring.scaling, scoring.window
         )
         attend_flat = attend_packed if kernel == "varlen" else _flash_attn
@@ -341,7 +341,7 @@ _CAPABILITIES: dict[int, tuple[int, int]] = {}
 
 
 def _flash_attn(
-    query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, samples: Samples
+    query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, samples: PackedSamples
 ) -> torch.Tensor:
     lengths = (samples.cumulative, samples.cumulative, samples.longest, samples.longest)
     flash = importlib.import_module("flash_attn").flash_attn_varlen_func

@@ -19,7 +19,7 @@ from torch import Tensor
 from fitune.errors import ModelError
 
 
-class Samples(NamedTuple):
+class PackedSamples(NamedTuple):
     """What the kernel must know of packed samples, and how it scores them."""
 
     #: where the samples begin, and the end: int32 [samples + 1]
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
 
 
 def attend_packed(
-    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: Samples
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: PackedSamples
 ) -> Tensor:
     """Return the attention of each sample to itself, [T, H, D]."""
     if kernels() is not None:
@@ -64,14 +64,14 @@ def attend_packed(
     return cast(Tensor, varlen_attn()(query_THD, key_TGD, value_TGD, *lengths, **options))
 
 
-class Kernels(NamedTuple):
+class VarlenKernels(NamedTuple):
     """torch's two operators for packed samples, as decorated Python functions."""
 
     forward: Any
     backward: Any
 
     def attend(
-        self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: Samples
+        self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: PackedSamples
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the attention [T, H, D], and two tensors that the backward needs.
 
@@ -86,7 +86,7 @@ class Kernels(NamedTuple):
         return cast(tuple[Tensor, Tensor, Tensor], found)
 
     def differentiate(
-        self, grad_THD: Tensor, saved: tuple[Tensor, ...], samples: Samples
+        self, grad_THD: Tensor, saved: tuple[Tensor, ...], samples: PackedSamples
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value.
 
@@ -105,10 +105,10 @@ class Kernels(NamedTuple):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: Samples
+        ctx: Any, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: PackedSamples
     ) -> Tensor:
         parts = query_THD, key_TGD, value_TGD
-        attended = cast(Kernels, kernels()).attend(*parts, samples)
+        attended = cast(VarlenKernels, kernels()).attend(*parts, samples)
         ctx.save_for_backward(*parts, *attended)
         ctx.samples = samples
         return attended[0]
@@ -116,7 +116,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_THD,) = grad_outputs
-        found = cast(Kernels, kernels()).differentiate(grad_THD, ctx.saved_tensors, ctx.samples)
+        found = cast(VarlenKernels, kernels()).differentiate(
+            grad_THD, ctx.saved_tensors, ctx.samples
+        )
         return *found, None
 
 
@@ -135,11 +137,13 @@ _PASSED = (
 
 
 @functools.cache
-def kernels() -> Kernels | None:
+def kernels() -> VarlenKernels | None:
     """Return torch's operators; None for a torch whose operators are others."""
     from torch.nn.attention import varlen
 
-    found = Kernels(*(getattr(varlen, f"_varlen_attn{end}", None) for end in ("", "_backward")))
+    found = VarlenKernels(
+        *(getattr(varlen, f"_varlen_attn{end}", None) for end in ("", "_backward"))
+    )
     for operator, passed in zip(found, _PASSED, strict=True):
         function, names = getattr(operator, "_init_fn", None), passed.split()
         if function is None or _parameters(function)[: len(names)] != names:
