@@ -90,6 +90,29 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
         assert_same()
 
 
+@pytest.mark.thorough
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # it looks at its inputs
+def test_a_compiled_run_learns_and_resumes_as_one_that_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = RunDirectory(Path("runs/compiled"))
+    train("sft.yaml", "run.name=compiled", "model.compile=true")
+    ours, plain = (read_metrics(run.metrics).steps for run in (compiled, UNDISTURBED))
+    assert [step.step for step in ours] == [step.step for step in plain] != []
+    for step, expected in zip(ours, plain, strict=True):
+        assert step.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    train_until(5, "sft.yaml", "model.compile=true", monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert weights(RUN) == weights(compiled)
+
+
 @pytest.mark.parametrize("step", [2, 3, 6, STEPS])
 def test_it_does_not_matter_in_which_step_a_run_died(
     step: int, monkeypatch: pytest.MonkeyPatch

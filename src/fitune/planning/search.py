@@ -402,7 +402,7 @@ class _Search:
     def other_routing(self, chosen: Choice) -> Iterator[str]:
         """Yield what the chosen setting needs with the other routing of tokens to experts.
 
-        Yields nothing where the routing is irrelevant to the memory.
+        Nothing where the routing is irrelevant to the memory.
         """
         found, routing = self.looked_at[chosen], self.config.memory.routing
         if ROUTED[routing] in found.notes:
@@ -415,10 +415,7 @@ class _Search:
                 )
 
     def plan(self, chosen: Choice | None, notes: Sequence[str] = ()) -> Plan:
-        """Return the plan of all settings that were predicted.
-
-        notes: further assumptions.
-        """
+        """Return the plan of all settings that were predicted. notes: further assumptions."""
         same = sorted(
             (choice for choice in self.looked_at if choice.result == "same"), key=self.order
         )
@@ -478,12 +475,11 @@ class _Search:
     def compiling(self, chosen: Choice | None, shown: Forecast) -> Iterator[str]:
         """Yield what compiled layers would save of a step on the card."""
         model, on_card = self.config.model, self.limits.device.kind == "cuda"
-        if chosen is None or not on_card or model.compile or model.shard != "none":
-            return
-        seconds = self.pricer.with_compiled_layers(chosen, shown.num_layers)
-        if seconds is not None:
+        if chosen and on_card and not model.compile and model.shard == "none":
+            seconds = self.pricer.with_compiled_layers(chosen, shown.num_layers)
             length = plan_training(self.whole, self.lengths, precision=shown.precision).length
-            yield compile_note(*seconds, num_steps=None if length is None else length.steps)
+            if seconds is not None:
+                yield compile_note(*seconds, num_steps=length and length.steps)
 
     def for_several(self, shown: Forecast) -> Iterator[str]:
         """Yield what the predicted times lack where several cards train together."""
