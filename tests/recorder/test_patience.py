@@ -51,6 +51,22 @@ def test_a_recording_has_a_limit_and_names_what_took_long(monkeypatch: pytest.Mo
         predict(100_000)
 
 
+def test_the_limit_names_what_took_long_in_an_earlier_recording(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = patience.Patience()
+    monkeypatch.setattr(patience, "_place", lambda frame: "scan of model.py")
+    with shared.recording():
+        for _ in range(2048):
+            shared.operator()
+    monkeypatch.setenv(patience.VARIABLE, "1e-9")
+    with (
+        pytest.raises(TooLongError, match=r"2,048 operators, most of them in scan of model\.py"),
+        shared.recording(),
+    ):
+        pass
+
+
 def test_a_recording_within_its_limit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(patience.VARIABLE, "60")
     predict(50)

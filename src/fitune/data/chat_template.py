@@ -358,6 +358,12 @@ def today() -> datetime.date:
     return datetime.datetime.now().astimezone().date()
 
 
+def _checked(text: object, name: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{name} is no text: give a Jinja file with data.template")
+    return text
+
+
 def read_template(
     tokenizer: Any, path: str | None, *, date: datetime.date | None = None
 ) -> tuple[ChatTemplate | None, ChatTemplate | None]:
@@ -369,9 +375,8 @@ def read_template(
     Raises DataError if the file cannot be read or it is unclear which template is meant.
     """
 
-    def template(text: object, name: str) -> ChatTemplate:
-        if not isinstance(text, str):
-            raise DataError(f"{name} is no text: give a Jinja file with data.template")
+    def template(given: object, name: str) -> ChatTemplate:
+        text = _checked(given, name)
         day = date or today()
         written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
         if "strftime_now(" in written:

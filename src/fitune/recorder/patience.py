@@ -40,6 +40,8 @@ class Patience:
 
     def __init__(self) -> None:
         self._spent = 0.0
+        self._num_operators = 0
+        self._places: Counter[str] = Counter()
         self._reset()
 
     @contextmanager
@@ -56,10 +58,9 @@ class Patience:
             self._spent += time.thread_time() - self._started
 
     def _reset(self) -> None:
-        self._num_operators, self._until_check = 0, _EVERY_OPERATORS
+        self._until_check = _EVERY_OPERATORS
         self._limit = _limit()
         self._started = self._reported = time.thread_time()
-        self._places: Counter[str] = Counter()
 
     def operator(self) -> None:
         """Count one operator. Raises TooLongError if the recordings take too long."""
