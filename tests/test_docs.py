@@ -1,7 +1,10 @@
 """What the documentation tells people to type works: commands are run, configurations are read."""
 
+import os
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,9 +51,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader stands: their model, their data."""
+    """Where a reader stands: their model, their data, their scripts, their active environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FITUNE_CACHE", str(model.parent / "cache"))  # of all pages
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    for script in (ROOT / "tests" / "scripts").glob("*.py"):
+        shutil.copy(script, tmp_path)
     (tmp_path / "my-model").symlink_to(model)
     for seed, name in enumerate(("sft.jsonl", "more.jsonl")):
         write_dialogues(tmp_path / name, seed=seed)

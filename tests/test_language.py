@@ -326,7 +326,7 @@ OTHER_ENGLISH = {
 SAID_ALL_THE_SAME = r"steps in a row|embedding of \{\w+\} rows"
 PAGES_FOR_USERS = ("README.md", *(f"docs/{name}.md" for name in (
     "batch_size", "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom",
-    "speed", "tutorial", "watch",
+    "scripts", "speed", "tutorial", "watch",
 )))  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from fitune.cli.app import SCRIPT_VERB, app, main
+from fitune.cli.app import SCRIPT_VERB, _normalise, app, main
 from fitune.cli.examples import EXAMPLES
 
 VERBS = [verb for verb in EXAMPLES if verb]
@@ -30,7 +30,8 @@ def test_help_begins_with_two_examples(verb: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("command", [command for pair in EXAMPLES.values() for command in pair])
 def test_an_example_is_a_command_that_is_understood(command: str) -> None:
-    app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
+    words = _normalise(shlex.split(command)[1:])
+    app.parse_args(words, exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize(
