@@ -479,7 +479,7 @@ class _Search:
             seconds = self.pricer.with_compiled_layers(chosen, shown.num_layers)
             length = plan_training(self.whole, self.lengths, precision=shown.precision).length
             if seconds is not None:
-                yield compile_note(*seconds, num_steps=length and length.steps)
+                yield compile_note(*seconds, num_steps=None if length is None else length.steps)
 
     def for_several(self, shown: Forecast) -> Iterator[str]:
         """Yield what the predicted times lack where several cards train together."""
