@@ -79,8 +79,8 @@ def plan_script(
 
             found = vary_script(predict_value, values, search=is_range)
         _show_variations(name, found, output_format)
-        if not any(each.prediction.fits is not False for each in found):
-            least = found[0]
+        least = found[0]
+        if all(each.prediction.fits is False for each in found):
             raise DoesNotFitError(
                 f"{name}={least.value} does not fit: it needs "
                 f"{format_bytes(whole_bytes(least.prediction))}; {_WAYS_OUT}"
@@ -146,7 +146,7 @@ def read_values(text: str) -> tuple[str, list[int], bool]:
 
 def _show_variations(name: str, found: "list[Variation]", output_format: str) -> None:
     """Print one line for each value; the largest that fits is marked."""
-    fitting = [each.value for each in found if each.prediction.fits is not False]
+    fitting = [each.value for each in found if each.prediction.fits]
     largest = max(fitting, default=None)
     if output_format == "json":
         print_json(

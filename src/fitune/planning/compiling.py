@@ -50,18 +50,31 @@ def compile_note(seconds: float, compiled_seconds: float, *, num_steps: float | 
     num_steps: of the run; None where its length is not known.
     """
     saved = seconds - compiled_seconds
-    step = f"{1000 * seconds:.3g} ms"
-    if saved < LEAST_SHARE * seconds:
-        return f"model.compile=true would save nothing of the {step} of a step (predicted, not measured)"
-    known = (
-        f"model.compile=true would save about {1000 * saved:.3g} ms of the {step} of a step, and compiling takes about "
-        f"{COMPILE_SECONDS:.0f} s (predicted, not measured)"
+    whole_ms, saved_ms, compiling = (
+        f"{1000 * seconds:.3g}",
+        f"{1000 * saved:.3g}",
+        f"{COMPILE_SECONDS:.0f}",
     )
+    if saved < LEAST_SHARE * seconds:
+        return (
+            f"model.compile=true would save nothing of the {whole_ms} ms of a step (predicted, not "
+            "measured)"
+        )
     if num_steps is None:
-        return f"{known}: worth it from {math.ceil(COMPILE_SECONDS / saved):,} steps on"
-    whole = num_steps * saved
+        return (
+            f"model.compile=true would save about {saved_ms} ms of the {whole_ms} ms of a step, and "
+            f"compiling takes about {compiling} s (predicted, not measured): worth it from "
+            f"{math.ceil(COMPILE_SECONDS / saved):,} steps on"
+        )
+    of_run = format_seconds(num_steps * saved)
+    if num_steps * saved > COMPILE_SECONDS:
+        return (
+            f"model.compile=true would save about {saved_ms} ms of the {whole_ms} ms of a step, and "
+            f"compiling takes about {compiling} s (predicted, not measured): worth it, {of_run} "
+            "over this run"
+        )
     return (
-        f"{known}: worth it, {format_seconds(whole)} over this run"
-        if whole > COMPILE_SECONDS
-        else f"{known}: not worth it, {format_seconds(whole)} over this run"
+        f"model.compile=true would save about {saved_ms} ms of the {whole_ms} ms of a step, and "
+        f"compiling takes about {compiling} s (predicted, not measured): not worth it, {of_run} "
+        "over this run"
     )

@@ -19,7 +19,7 @@ ADAMW_HOST = "adamw_host"
 CODE_IGNORED = "code that comes with"
 NOT_PACKED = "qlora:"
 UNPACKED = "weights stored as"
-COMPILING = "model.compile=true would save"
+COMPILING = "model.compile=true "
 #: the beginnings of the assumptions that the table of a plan shows; its JSON contains all
 SHOWN = (
     *ROUTED.values(),

@@ -150,7 +150,9 @@ def _after_launcher(words: list[str]) -> list[str]:
     program, rest = Path(words[0]).name, words[1:]
     if program == "accelerate":
         if rest[:1] != ["launch"]:
-            raise UsageError(f"accelerate {' '.join(rest[:1])} trains nothing: give a launch")
+            raise UsageError(
+                f"accelerate {' '.join(rest[:1])} trains nothing: write accelerate launch SCRIPT.py"
+            )
         rest = rest[1:]
     while rest and rest[0].startswith("-") and rest[0] not in ("-m", "--module"):
         option, equals, value = rest.pop(0).partition("=")
@@ -391,7 +393,7 @@ def vary_script(
     def fits(value: int) -> bool:
         if value not in found:
             found[value] = predict(value)
-        return found[value].fits is not False
+        return found[value].fits is True
 
     if not search:
         for value in values:
