@@ -77,7 +77,9 @@ CONFIGS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     ),
     "text for a number": (
         f"{GOOD}optim: {{lr: high}}\n",
-        ("sft.yaml:3: optim.lr is 'high': it must be a number above 0 or auto",),
+        (
+            "sft.yaml:3: optim.lr is 'high': it must be a number of at least 1e-15 and of at most 1,000 or auto",
+        ),
     ),
     "a quoted number": (
         f"{GOOD}optim: {{lr: '1e-4'}}\n",
