@@ -129,7 +129,7 @@ REFUSED = {
     ),
     "ends": ("import sys\nsys.exit(3)", r"called sys.exit\(3\) before its first optimizer step"),
     "file": ("open('absent.txt')", r"needs absent.txt at own.py:1, which is not here: give --cwd"),
-    "kernels": ("import unsloth", r"uses Unsloth's kernels whose memory is not known"),
+    "kernels": ("import unsloth", r"uses Unsloth's kernels, whose memory is not known"),
     "processes": (
         "import torch.distributed as d\nd.init_process_group('gloo')",
         "trains in several processes, and a prediction is of one",
@@ -171,7 +171,7 @@ def test_a_script_that_catches_everything_is_ended(place: Path) -> None:
 def test_an_interpreter_without_torch_is_named(place: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
-    with pytest.raises(UsageError, match=r"cannot import (torch|numpy): name the Python"):
+    with pytest.raises(UsageError, match=r"cannot import (torch|numpy): activate the environment"):
         predict(place, "chat_trainer.py", python=str(bare / "bin" / "python"))
 
 

@@ -37,10 +37,12 @@ def plan_script(
             group=_SCRIPT,
         ),
     ] = None,
-    steps: Annotated[int, Parameter(help="record so many optimizer steps", group=_SCRIPT)] = 2,
+    steps: Annotated[int, Parameter(help="how many optimizer steps to record", group=_SCRIPT)] = 2,
     rows: Annotated[
         Literal["longest", "as-they-come"],
-        Parameter(help="the samples that data loaders begin with", group=_SCRIPT),
+        Parameter(
+            help="which samples data loaders begin with; by default the longest", group=_SCRIPT
+        ),
     ] = "longest",
     cwd: Annotated[
         str | None,

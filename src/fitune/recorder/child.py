@@ -63,8 +63,8 @@ def _record(request: dict[str, Any], result: Path) -> None:
         from fitune.errors import UsageError
 
         raise UsageError(
-            f"{sys.executable} cannot import {error.name}: name the Python that runs the script "
-            "with --python"
+            f"{sys.executable} cannot import {error.name}: activate the environment of the script, "
+            "or name its Python with --python"
         ) from error
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:

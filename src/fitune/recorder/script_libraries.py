@@ -26,7 +26,7 @@ _TRACKERS = ("wandb", "swanlab", "trackio", "comet_ml", "mlflow", "neptune", "cl
 #: What a script cannot use while it is predicted -> what to do
 _REFUSED = {
     "unsloth": "Unsloth's kernels",
-    "deepspeed": "DeepSpeed, which divides a model over processes,",
+    "deepspeed": "DeepSpeed",
     "vllm": "vLLM",
     "megatron": "Megatron's kernels",
     "transformer_engine": "Transformer Engine's kernels",
@@ -239,7 +239,7 @@ def _kernel_libraries_refused() -> AbstractContextManager[None]:
     def find(name: str) -> importlib.machinery.ModuleSpec | None:
         if name in _REFUSED and _is_imported_by_script():
             raise UsageError(
-                f"the script uses {_REFUSED[name]} whose memory is not known here: fitune config "
+                f"the script uses {_REFUSED[name]}, whose memory is not known here: fitune config "
                 "import reads the settings of many trainers, and fitune plan predicts the same "
                 "training without it"
             )
