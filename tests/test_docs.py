@@ -58,6 +58,7 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", path)
     for script in (ROOT / "tests" / "scripts").glob("*.py"):
         shutil.copy(script, tmp_path)
+    (tmp_path / "train.log").write_text("CUDA out of memory. Tried to allocate 1.50 GiB.")
     (tmp_path / "my-model").symlink_to(model)
     for seed, name in enumerate(("sft.jsonl", "more.jsonl")):
         write_dialogues(tmp_path / name, seed=seed)

@@ -128,7 +128,8 @@ def test_a_block_is_in_a_font_of_equal_widths_and_is_shown_once(
 def test_what_python_lists_of_fitune_is_what_there_is_to_call() -> None:
     assert dir(fitune) == sorted(fitune.__all__)
     assert set(dir(fitune)) == {
-        "SafeStep", "__version__", "compare", "plan", "predict", "predict_loop", "predict_trainer", "train",
+        "SafeStep", "__version__", "compare", "plan", "predict", "predict_loop", "predict_script",
+        "predict_trainer", "train",
     }  # fmt: skip
     assert all(callable(getattr(fitune, name)) for name in fitune.__all__ if name != "__version__")
 

@@ -90,7 +90,7 @@ def test_an_alarm_is_kept_and_speaks_of_the_trainers_arguments(
 ) -> None:
     swapped = "fitune.watch.sampler._swapped_bytes"
     monkeypatch.setattr(swapped, lambda: 100 * MIB)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 * MIB))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 * MIB, total=MIB**2))
     callback = FituneCallback(tmp_path / "runs", "first")
     hf_trainer(tmp_path, callbacks=[callback]).train()
     assert callback.run is not None

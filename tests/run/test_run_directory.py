@@ -86,7 +86,7 @@ def test_a_name_is_the_name_of_a_directory(name: str, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match=r"is a file, and runs are kept in a directory"):
+    with pytest.raises(RunDirectoryError, match=r"is not a directory, and run.output needs one"):
         create_run(tmp_path / "file" / "runs", "a")
 
 

@@ -31,7 +31,14 @@ def tracked_run(place: Path, name: str) -> RunDirectory:
     """Three steps, in a process of their own: a tracker changes much of the one that it is loaded into."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "FITUNE_CACHE": str(place / "cache")}
     environment["TRACKIO_DIR"] = str(place / "trackio")
-    arguments = ["train.steps=3", f"run.trackers=[{name}]", f"run.name={name}", "--format", "quiet"]
+    arguments = [
+        "train.steps=3",
+        "train.eval_every=1",
+        f"run.trackers=[{name}]",
+        f"run.name={name}",
+        "--format",
+        "quiet",
+    ]
     command = [sys.executable, "-m", "fitune", "train", "sft.yaml", *arguments]
     done = subprocess.run(
         command,

@@ -11,7 +11,7 @@ EXAMPLES = {
         'fitune plan minimind2 --gpu "RTX 4090"',
         'fitune plan --gpu "RTX 4090" -- python train.py --batch_size 6',
     ),
-    "explain": ("fitune explain < message.txt", "fitune explain train.log --format json"),
+    "explain": ("fitune explain train.log", "fitune explain train.log --format json"),
     "train": ("fitune train sft.yaml optim.lr=1e-5 --name second", "fitune train --resume latest"),
     "sweep": ("fitune sweep three.yaml", "fitune sweep three.yaml --dry-run"),
     "watch": ("fitune watch", "fitune watch first --once"),
