@@ -366,7 +366,8 @@ def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(
     assert "model.offload_activations=true" in settings_of_candidate(moved, config(tree))
     forced = config(tree, "model.recompute=full")
     assert not any(
-        choice.offloads for choice in same_choices(forced, uniform_lengths(forced), on_card=True)
+        choice.offloads
+        for choice in same_choices(forced, uniform_lengths(forced.data), on_card=True)
     )
     assert not any(
         choice.offloads

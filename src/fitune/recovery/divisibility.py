@@ -7,7 +7,7 @@ than the whole batch, in fitune as in any other trainer.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fitune.distributed.sharding import Shards
+from fitune.recorder.record import is_compiled
 from fitune.step.random_state import seed_streams, streams_kept
 
 #: How many evenly spaced elements of each parameter's gradient are compared; storing two whole
@@ -136,11 +137,12 @@ class _Probe(Generic[T]):
 
     def __call__(self, part: T, loss_weight: float) -> tuple[float, Tensor]:
         seed_streams(0, self._device)
-        hook = register_module_forward_pre_hook(self._notice_autocast)
-        try:
+        with ExitStack() as stack:
+            # hooks of all modules run twice where a module is compiled, and torch warns of it
+            if not is_compiled(self._model):
+                hook = register_module_forward_pre_hook(self._notice_autocast)
+                stack.callback(hook.remove)
             loss = self._loss_share(part, loss_weight)
-        finally:
-            hook.remove()
         if loss.dtype != torch.float32:
             self.tolerance = max(self.tolerance, COARSE_TOLERANCE)
         if loss.requires_grad:
