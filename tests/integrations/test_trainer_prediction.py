@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 
@@ -27,6 +28,7 @@ from fitune.recorder.recording import to_trace
 from fitune.recorder.shape_cache import ShapeMemory
 from rehearsal.difference import first_difference
 from tiny_models import TINY, TINY_GPT2
+from tiny_run import save_tiny_model
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -290,6 +292,34 @@ def test_a_trainer_without_weights_is_predicted_the_same(make: Make, tmp_path: P
     one, other = (
         fitune.predict_trainer(each, gpu="A100 80GB", num_steps=2)
         for each in (with_weights, without)
+    )
+    assert one == other
+
+
+def test_a_trainer_of_a_model_named_by_path_with_its_defaults_for_a_card_is_predicted(
+    tmp_path: Path,
+) -> None:
+    """TRL's own arguments ask for bfloat16, which this machine without a card would refuse."""
+    trl = pytest.importorskip("trl")
+    save_tiny_model(tmp_path / "tiny")
+    data = Dataset.from_dict(
+        {
+            "messages": 8
+            * [[{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c " * 40}]]
+        }
+    )
+
+    def build(**options: Any) -> Any:
+        arguments = trl.SFTConfig(str(tmp_path / "out"), report_to="none", **options)
+        return trl.SFTTrainer(str(tmp_path / "tiny"), arguments, train_dataset=data)
+
+    with weightless():
+        without = build()
+    assert without.args.bf16
+    assert all(parameter.is_meta for parameter in without.model.parameters())
+    one, other = (
+        fitune.predict_trainer(each, gpu="A100 80GB", num_steps=2)
+        for each in (build(use_cpu=True), without)
     )
     assert one == other
 

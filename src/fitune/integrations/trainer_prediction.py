@@ -11,7 +11,7 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from unittest.mock import patch
@@ -26,6 +26,8 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    modeling_utils,
+    training_args,
 )
 from transformers.trainer_callback import CallbackHandler
 
@@ -37,6 +39,7 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.machine.devices import this_machine
 from fitune.recorder.assumptions import tell_data
 from fitune.recorder.record import Build, Loop, Step
+from fitune.recorder.script_libraries import models_of_configs
 from fitune.recorder.triton_kernels import triton_kernels
 from fitune.step.random_state import streams_kept
 
@@ -88,9 +91,16 @@ def weightless() -> Iterator[None]:
     """Build models without weights in this block, for `predict_trainer`.
 
     The model then need not fit into this machine's memory: it is built on PyTorch's meta device,
-    and a Trainer built in the block leaves it there. Such a Trainer cannot train.
+    by `from_pretrained` from its configuration alone, and a Trainer built in the block leaves it
+    there. Such a Trainer cannot train. Arguments for a card, such as bf16, are accepted without one.
     """
-    with torch.device("meta"), patch.object(Trainer, "_move_model_to_device", lambda *_: None):
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(patch.object(Trainer, "_move_model_to_device", lambda *_: None))
+        stack.enter_context(
+            patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True)
+        )
+        stack.enter_context(models_of_configs(modeling_utils, lambda _: None, has_card=False))
         yield
 
 

@@ -50,7 +50,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
         stack.enter_context(
             when_imported(
                 {
-                    "transformers.modeling_utils": lambda module: _models_of_configs(module, note),
+                    "transformers.modeling_utils": lambda module: models_of_configs(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
                     ),
@@ -64,8 +64,14 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
 # ---- models ----
 
 
-def _models_of_configs(modeling: Any, note: Note) -> AbstractContextManager[Any]:
-    """Let from_pretrained build the model of its configuration, and read no weights."""
+def models_of_configs(
+    modeling: Any, note: Note, *, has_card: bool = True
+) -> AbstractContextManager[Any]:
+    """Let from_pretrained build the model of its configuration, and read no weights.
+
+    modeling: the module transformers.modeling_utils.
+    has_card: whether a model whose device_map is not the host goes to the card.
+    """
 
     def from_pretrained(cls: Any, /, name: Any, *_: Any, config: Any = None, **options: Any) -> Any:
         _refuse_quantised(options)
@@ -88,7 +94,7 @@ def _models_of_configs(modeling: Any, note: Note) -> AbstractContextManager[Any]
             torch.set_default_dtype(before)
         model.eval()
         place = options.get("device_map")
-        return model if place in (None, "cpu") else model.to("cuda")
+        return model.to("cuda") if has_card and place not in (None, "cpu") else model
 
     return patch.object(modeling.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
 
