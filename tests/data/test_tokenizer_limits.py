@@ -15,7 +15,7 @@ from fitune.data import tokenizer_limits
 from fitune.data.formats import Conversation
 from fitune.data.tokenise import encode, read_encoder
 from fitune.errors import ModelError
-from tiny_run import save_tiny_model
+from tiny_run import save_tiny_model, write_dialogues
 
 FIBONACCI = "(a|aa)+$"
 """Tries as many ways as that number of the letters says, below the limit of one match of the Oniguruma library."""
@@ -88,3 +88,19 @@ def test_check_says_so(
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert "cannot split a text" in said
+
+
+def test_a_tokenizer_that_knows_no_unknown_word_is_met_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_model(tmp_path / "tiny")
+    path = tmp_path / "tiny" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content |= dict.fromkeys(("post_processor", "decoder", "normalizer"))
+    content["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    path.write_text(json.dumps(content))
+    write_dialogues(tmp_path / "sft.jsonl")
+    assert main(["check", str(tmp_path / "sft.jsonl"), "--model", str(tmp_path / "tiny")]) == 2
+    said = capsys.readouterr().err
+    assert "fails on this text" in said
+    assert "Missing [UNK] token" in said

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fitune.boundary import raised_as
 from fitune.data.chat_template import (
     PROBE,
     CharSpan,
@@ -359,7 +360,12 @@ def _tokenised(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) ->
             verbose=False,
         )
 
-    return in_time(call, num_chars=sum(map(len, texts))) if tokenizer.is_fast else call()
+    with raised_as(
+        ModelError,
+        f"the tokenizer {tokenizer.name_or_path} fails on this text",
+        "mend its tokenizer.json, or take the model's own tokenizer",
+    ):
+        return in_time(call, num_chars=sum(map(len, texts))) if tokenizer.is_fast else call()
 
 
 def _weighted(

@@ -1,6 +1,9 @@
 """Models and their memory: what is loaded, recorded, predicted and planned."""
 
 MODELS: dict[str, str] = {
+    "the tokenizer {name} fails on this text ({cause}); mend its tokenizer.json, or take the model's own tokenizer": "分词器 {name} 处理这段文字时出错（{cause}）；请修正它的 tokenizer.json，或用模型自己的分词器",
+    "the tokenizer {name} fails on this text": "分词器 {name} 处理这段文字时出错",
+    "mend its tokenizer.json, or take the model's own tokenizer": "请修正它的 tokenizer.json，或用模型自己的分词器",
     "the memory fraction is {fraction}, but must be from 0 to 1": "显存比例是 {fraction}，必须在 0 到 1 之间",
     "allocator setting backend:{settings} cannot be predicted: only PyTorch's native allocator is known exactly; remove it": "无法预测分配器设置 backend:{settings}：只准确了解 PyTorch 的原生分配器；请去掉它",
     "allocator setting throw_on_cudamalloc_oom:True is not modelled: it fails before it tries; remove it": "没有模拟分配器设置 throw_on_cudamalloc_oom:True：它不尝试就失败；请去掉它",
