@@ -14,6 +14,7 @@ the user can do. FITUNE_DEBUG=1 shows the traceback.
 
 import functools
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -89,6 +90,11 @@ def unexpected(error: Exception, doing: str) -> FituneError:
         f"{_first_line(error)}; FITUNE_DEBUG=1 shows the whole of it: look there for what was given, and report it "
         "where that is right"
     )
+
+
+def is_debugging() -> bool:
+    """Return whether FITUNE_DEBUG asks for tracebacks and for all that libraries print."""
+    return os.environ.get("FITUNE_DEBUG", "0") not in ("", "0")
 
 
 def cause_of(error: BaseException) -> str:

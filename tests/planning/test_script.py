@@ -127,7 +127,10 @@ REFUSED = {
         "import torch\nraise ValueError('wrong')",
         r"stopped at own.py:2 .*ValueError: wrong",
     ),
-    "ends": ("import sys\nsys.exit(3)", r"called sys.exit\(3\) before its first optimizer step"),
+    "ends": (
+        "import argparse\nargparse.ArgumentParser(prog='own').parse_args(['--nope'])",
+        r"called sys.exit\(2\) before its first optimizer step. It printed: .*arguments: --nope",
+    ),
     "file": ("open('absent.txt')", r"needs absent.txt at own.py:1, which is not here: give --cwd"),
     "kernels": ("import unsloth", r"uses Unsloth's kernels, whose memory is not known"),
     "processes": (

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from cyclopts import App, CoercionError, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
-from fitune.boundary import unexpected
+from fitune.boundary import is_debugging, unexpected
 from fitune.cli.examples import examples
 from fitune.cli.help_text import HelpText
 from fitune.cli.output import print_aside
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Prints one line on stderr for each error, including unexpected exceptions. FITUNE_DEBUG=1 adds
     tracebacks and the warnings of libraries.
     """
-    if arguments is None and not _debugs():
+    if arguments is None and not is_debugging():
         _silence_libraries()
     try:
         app(
@@ -158,17 +158,13 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(messages: Sequence[str], exit_code: int) -> int:
-    if _debugs():
+    if is_debugging():
         print_aside(traceback.format_exc())
     for message in messages:
         text = translated(message)
         # An indented line is a detail of the error in the line before it.
         print_aside(text if text.startswith(" ") else say("error: {sentence}", sentence=text))
     return exit_code
-
-
-def _debugs() -> bool:
-    return os.environ.get("FITUNE_DEBUG", "0") not in ("", "0")
 
 
 def _usage_message(error: CycloptsError) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fitune import errors
 from fitune.allocator.prediction import Prediction, PredictSettings, predict_trace
-from fitune.boundary import bounded
+from fitune.boundary import bounded, is_debugging
 from fitune.errors import FituneError, UnexpectedError, UsageError
 from fitune.machine.cards import Device
 from fitune.machine.devices import find_device, this_machine
@@ -253,7 +253,10 @@ def record_command(
         ]
         with output.open("wb") as written:
             code = _wait(
-                arguments, directory, _environment(command, scratch), None if _debugs() else written
+                arguments,
+                directory,
+                _environment(command, scratch),
+                None if is_debugging() else written,
             )
         return _read_result(scratch, code, output, arguments[0])
 
@@ -355,18 +358,15 @@ def _read_result(scratch: Path, code: int, output: Path, python: str) -> MemoryT
     if result.exists():
         recording = read_recording(result)
         return MemoryTrace(RecordedEvents(recording), recording.source)
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = f". It printed: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""
     if error.exists():
         met = json.loads(error.read_text(encoding="utf-8"))
+        message = met["message"] + (said if met["shows_output"] else "")
         kind = getattr(errors, met["kind"], UnexpectedError)
-        raise kind(met["message"]) if issubclass(kind, FituneError) else UsageError(met["message"])
-    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = f" It printed: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""
+        raise kind(message) if issubclass(kind, FituneError) else UsageError(message)
     ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise UnexpectedError(f"{python}, which ran the script, {ended} before a training step.{said}")
-
-
-def _debugs() -> bool:
-    return os.environ.get("FITUNE_DEBUG", "0") not in ("", "0")
+    raise UnexpectedError(f"{python}, which ran the script, {ended} before a training step{said}")
 
 
 # ---- one argument, several values ----

@@ -11,6 +11,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fitune.boundary import is_debugging
+from fitune.errors import FituneError, UsageError
+
 #: Python code that starts this process with (directory of fitune, file of the request)
 BOOT = """
 import importlib.util, sys
@@ -39,12 +42,15 @@ def main(request_path: str) -> None:
     try:
         _record(request, result)
     except SystemExit as exit_:
-        _write(error, f"the script called sys.exit({exit_.code!r}) before its first optimizer step")
+        # what it printed says why, such as an argument that it does not know
+        _write(
+            error,
+            f"the script called sys.exit({exit_.code!r}) before its first optimizer step",
+            shows_output=True,
+        )
     except BaseException as reason:
-        if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
+        if is_debugging():
             traceback.print_exc()
-        from fitune.errors import FituneError
-
         if isinstance(reason, FituneError):
             _write(error, str(reason), type(reason).__name__)
         else:
@@ -60,16 +66,12 @@ def _record(request: dict[str, Any], result: Path) -> None:
         import numpy  # noqa: F401
         import torch
     except ImportError as error:
-        from fitune.errors import UsageError
-
         raise UsageError(
             f"{sys.executable} cannot import {error.name}: activate the environment of the script, "
             "or name its Python with --python"
         ) from error
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:
-        from fitune.errors import UsageError
-
         raise UsageError(
             f"{sys.executable} has torch {torch.__version__}: scripts are predicted with torch 2.6 "
             "and later; name another Python with --python"
@@ -91,5 +93,8 @@ def _record(request: dict[str, Any], result: Path) -> None:
     record_script(settings, done=lambda recording: write_recording(recording, result))
 
 
-def _write(path: Path, message: str, kind: str = "UsageError") -> None:
-    path.write_text(json.dumps({"kind": kind, "message": message}), encoding="utf-8")
+def _write(
+    path: Path, message: str, kind: str = "UsageError", *, shows_output: bool = False
+) -> None:
+    content = {"kind": kind, "message": message, "shows_output": shows_output}
+    path.write_text(json.dumps(content), encoding="utf-8")
