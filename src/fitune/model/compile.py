@@ -34,6 +34,8 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
         raise ModelError(
             "model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it"
         )
+    # what an earlier run of this process compiled refers to names that went with its model
+    torch.compiler.reset()
     prepare_for_compilation()
     cast_weights_before_all_layers(model)
     for layer in layers:
