@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,31 @@ def test_a_script_that_catches_everything_is_ended(place: Path) -> None:
         forward, f"    try:\n    {forward}\n    except BaseException:\n        pass"
     )
     assert len(predict(place, write(place, code)).step_peaks) == 2
+
+
+REFERENCE = """
+import torch
+model = torch.nn.Linear(64, 64).to("cuda")
+reference = torch.nn.Sequential(torch.nn.Linear(64, 2**18), torch.nn.Linear(2**18, 64)).to("cuda")
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for _ in range(9):
+    x = torch.ones(64, 64, device="cuda")
+    y = model(x)
+    with torch.no_grad():
+        wanted = reference(x)
+    (y - wanted).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_the_passes_of_a_reference_model_count_in_every_step(place: Path) -> None:
+    """An evaluation is cut short, but what a step of training computes beside its model is not."""
+    found = predict(place, write(place, REFERENCE), num_steps=4)
+    hidden_bytes = 64 * 2**18 * 4
+    held = found.step_peaks[-1].allocated_bytes - 2 * 64 * 2**18 * 4
+    assert held > hidden_bytes
+    assert found.step_peaks[1] == replace(found.step_peaks[3], step=2)
 
 
 def test_an_interpreter_without_torch_is_named(place: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from fitune.allocator.peaks import timeline
 from fitune.allocator.replay import ReplaySettings, replay
 from fitune.cli.output import console, print_json, print_text, table
 from fitune.language import say, translated
-from fitune.trace.snapshot import failed_requests, read_snapshot
+from fitune.trace.snapshot import read_history
 from fitune.units import format_bytes, format_gib
 
 
@@ -16,8 +16,8 @@ def show_snapshot(path: Path, output_format: str) -> None:
 
     Raises UsageError for a file that is no snapshot.
     """
-    trace = read_snapshot(path)
-    failed = failed_requests(path)
+    history = read_history(path)
+    trace, failed = history.trace, history.failed
     peak = timeline(trace).peak
     result = replay(trace, ReplaySettings())
     if output_format == "json":

@@ -54,12 +54,10 @@ class OomMessage:
     @property
     def outside_bytes(self) -> int | None:
         """What this process uses besides PyTorch's allocator: CUDA's context and other libraries."""
-        if None in (self.process_bytes, self.allocated_bytes, self.unused_bytes):
+        process, allocated, unused = self.process_bytes, self.allocated_bytes, self.unused_bytes
+        if process is None or allocated is None or unused is None:
             return None
-        assert self.process_bytes is not None
-        assert self.allocated_bytes is not None
-        assert self.unused_bytes is not None
-        return max(self.process_bytes - self.allocated_bytes - self.unused_bytes, 0)
+        return max(process - allocated - unused, 0)
 
     @property
     def missing_bytes(self) -> int | None:

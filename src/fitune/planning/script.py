@@ -80,10 +80,9 @@ class ScriptCommand:
         ]
 
     def with_argument(self, name: str, value: str) -> "ScriptCommand":
-        """Return the command with another value of an argument, as `--name=value` or `--name value`.
+        """Return the command with another value of an argument, which may be new in it.
 
-        Raises UsageError if the command does not give the argument, unless it is a plain option
-        that can be added.
+        It is found as `--name value`, `--name=value` and `name=value`, with dashes or underscores.
         """
         spellings = {f"--{name}", f"-{name}", f"--{name.replace('_', '-')}", name}
         arguments = list(self.arguments)

@@ -98,6 +98,12 @@ class CudaTarget:
             default=min(GENERATIONS),
         )
 
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of `MemoryTrace.source` on the card and what is assumed about it."""
+        major, minor = self.compute_capability
+        yield f"kernels of CUDA, compute capability {major}.{minor}, attention {self.attention}"
+        yield from self.assumptions()
+
     def assumptions(self) -> Iterator[str]:
         """Yield what is assumed about a card that is not fully known."""
         if self._known_capability != self.compute_capability:

@@ -346,11 +346,7 @@ def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
     if settings.target is None:
         yield "kernels of this CPU"
     else:
-        major, minor = settings.target.compute_capability
-        yield (
-            f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
-        )
-        yield from settings.target.assumptions()
+        yield from settings.target.lines()
 
 
 @contextmanager

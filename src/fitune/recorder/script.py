@@ -10,7 +10,7 @@ import runpy
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,8 @@ from fitune.recorder.script_libraries import script_libraries
 from fitune.recorder.shape_cache import ShapeMemory
 from fitune.recorder.step_ends import EnoughStepsError, StepEnds
 
-#: Passes without gradients on inputs of the same shapes that are recorded; the others change
-#: nothing in the allocator
+#: Passes of a step without gradients on inputs of the same shapes that are recorded; the others
+#: change nothing in the allocator
 _EQUAL_PASSES = 2
 
 
@@ -75,10 +75,7 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
     Raises UsageError for a script that fails, or that makes no optimizer step.
     """
     noted: dict[str, None] = {}
-
-    def note(assumption: str) -> None:
-        noted.setdefault(assumption)
-
+    note = noted.setdefault
     patience, shapes = Patience(), ShapeMemory()
     assumptions = Assumptions("balanced", shapes, patience)
     recorder = Recorder(CudaKernels(settings.target, assumptions.call))
@@ -87,7 +84,9 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
         compiled = stack.enter_context(process_as_recorded(settings.target, patience))
 
         def hand_over() -> None:
-            notes = [*noted, *(_written(files))]
+            notes = [*noted]
+            if files.written:
+                notes.append("what the script saves is not kept")
             models = ends.models.values()
             if compiled or any(is_compiled(model) for model in models):
                 notes.append(COMPILED)
@@ -95,7 +94,7 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
                 recorder.recording(
                     (
                         f"recorded {ends.num_steps} optimizer steps of the script itself",
-                        *_card(settings.target),
+                        *settings.target.lines(),
                         *assumptions.lines(),
                         *notes,
                         versions(),
@@ -118,7 +117,7 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
         stack.enter_context(recorder.hooks())
         stack.enter_context(recorder)
         stack.enter_context(card_stands_in(recorder))
-        stack.enter_context(_equal_passes_skipped(note))
+        stack.enter_context(_equal_passes_skipped(ends, note))
         stack.enter_context(_weights_unknown())
         stack.enter_context(files.redirected())
         files.refuse_others()
@@ -184,16 +183,6 @@ def _is_own(file: Path) -> bool:
     return not is_installed and not file.name.startswith("<")
 
 
-def _card(target: CudaTarget) -> Iterator[str]:
-    major, minor = target.compute_capability
-    yield f"kernels of CUDA, compute capability {major}.{minor}, attention {target.attention}"
-    yield from target.assumptions()
-
-
-def _written(files: ScratchFiles) -> Sequence[str]:
-    return ["what the script saves is not kept"] if files.written else []
-
-
 @contextmanager
 def _weights_unknown() -> Iterator[None]:
     """Forget the numbers that a model is initialised with, so that no pass is computed with them."""
@@ -213,11 +202,12 @@ def _weights_unknown() -> Iterator[None]:
 
 
 @contextmanager
-def _equal_passes_skipped(note: Callable[[str], None]) -> Iterator[None]:
-    """Skip passes of a model without gradients once two with the same shapes have been recorded.
+def _equal_passes_skipped(ends: StepEnds, note: Callable[[str], None]) -> Iterator[None]:
+    """Skip passes of a model without gradients once a step has recorded two of the same shapes.
 
     An evaluation runs hundreds of them. Each one takes from the allocator what the one before has
-    given back. A skipped pass returns empty tensors of the shapes that the others returned.
+    given back. A skipped pass returns empty tensors of the shapes that the others returned. Each
+    step has its own two, since a reference model runs in all of them and may be their peak.
     """
     call = nn.Module.__call__
     counts: dict[Any, int] = {}
@@ -232,7 +222,7 @@ def _equal_passes_skipped(note: Callable[[str], None]) -> Iterator[None]:
                 return call(self, *args, **kwargs)
             finally:
                 depth -= 1
-        key = (id(self), self.training, _shapes(args), _shapes(kwargs))
+        key = (ends.next_step, id(self), self.training, _shapes(args), _shapes(kwargs))
         if counts.get(key, 0) >= _EQUAL_PASSES:
             note("passes without gradients on equal shapes are recorded twice, others skipped")
             return tree_map_only(_Blank, _Blank.tensor, results[key])

@@ -23,7 +23,7 @@ from fitune.recorder.library_patches import LIBRARIES, when_imported
 from fitune.recorder.triton_kernels import triton_kernels
 
 _TRACKERS = ("wandb", "swanlab", "trackio", "comet_ml", "mlflow", "neptune", "clearml", "aim")
-#: What a script cannot use while it is predicted -> what to do
+#: Packages whose memory is not known -> their names in a message
 _REFUSED = {
     "unsloth": "Unsloth's kernels",
     "deepspeed": "DeepSpeed",
@@ -130,7 +130,7 @@ def _hub_kernel(name: str, note: Note) -> Any:
             f"the script loads the compiled kernel {name}, whose memory is not known: predict it "
             "with PyTorch's own attention"
         )
-    flash_attn: Any = __import__("flash_attn")
+    flash_attn: Any = importlib.import_module("flash_attn")
     note(f"{name}: allocates as PyTorch's flash attention")
     return SimpleNamespace(flash_attn_interface=flash_attn, **vars(flash_attn))
 

@@ -50,6 +50,11 @@ class StepEnds:
         """The number of steps that have updated a model."""
         return self._number if self._has_updated else self._number - 1
 
+    @property
+    def next_step(self) -> int:
+        """The number of the step that the next forward belongs to."""
+        return self._number + (self._number == 0 or self._has_updated)
+
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Follow all models and optimizers of this block."""

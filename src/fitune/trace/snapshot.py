@@ -37,8 +37,32 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
+@dataclass(frozen=True)
+class FailedRequest:
+    """An allocation for which the card had no room."""
+
+    num_bytes: int
+    #: what the card had free then
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a card recorded of one device."""
+
+    #: the allocations and frees, in order
+    trace: MemoryTrace
+    #: the allocations that failed, in order
+    failed: tuple[FailedRequest, ...]
+
+
 def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
-    """Return the allocations and frees of one device, in order.
+    """Return the allocations and frees of one device; see `read_history`."""
+    return read_history(path, device=device).trace
+
+
+def read_history(path: Path, *, device: int = 0) -> Snapshot:
+    """Read what a card recorded.
 
     Blocks from before the recording are first, in phase load. Raises UsageError for a file that is
     no snapshot, or that has no action of this device.
@@ -65,33 +89,16 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
         UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"
     ):
         events = tuple(_events(actions, segments))
-    return MemoryTrace(
-        events,
-        (
-            f"recorded by PyTorch's allocator on device {device}",
-            "categories are guessed from the phase",
-        ),
+        failed = tuple(
+            FailedRequest(action["size"], action.get("device_free", action.get("addr", 0)))
+            for action in actions
+            if action["action"] == "oom"
+        )
+    source = (
+        f"recorded by PyTorch's allocator on device {device}",
+        "categories are guessed from the phase",
     )
-
-
-@dataclass(frozen=True)
-class FailedRequest:
-    """An allocation for which the card had no room."""
-
-    num_bytes: int
-    #: what the card had free then
-    free_bytes: int
-
-
-def failed_requests(path: Path, *, device: int = 0) -> list[FailedRequest]:
-    """Return the allocations of a snapshot that failed, in order; `read_snapshot` must accept it."""
-    with path.open("rb") as file:
-        actions = _PlainUnpickler(file).load()["device_traces"][device]
-    return [
-        FailedRequest(int(action["size"]), int(action.get("device_free", action.get("addr", 0))))
-        for action in actions
-        if action["action"] == "oom"
-    ]
+    return Snapshot(MemoryTrace(events, source), failed)
 
 
 def _events(
