@@ -276,6 +276,11 @@ STEPS = (
         name="adamw-host", model="llama", rows=same(4, 512), options=("optim.name=adamw_host",)
     ),
     StepCase(name="adafactor", model="llama", rows=same(4, 512), options=("optim.name=adafactor",)),
+    StepCase(name="muon", model="llama", rows=same(4, 512), options=("optim.name=muon",)),
+    StepCase(name="apollo", model="llama", rows=same(4, 512), options=("optim.name=apollo",)),
+    StepCase(
+        name="apollo-mini", model="llama", rows=same(4, 512), options=("optim.name=apollo_mini",)
+    ),
     StepCase(name="sgd", model="llama", rows=same(4, 512), options=("optim.name=sgd",)),
     StepCase(name="no-clipping", model="llama", rows=same(4, 512), options=("optim.clip=0",)),
     StepCase(

@@ -345,7 +345,7 @@ def test_where_two_could_be_meant_from_decides(
         (SWIFT + "--quant_bits 3 --quant_method hqq", "in 16 bits here, or in 4"),
         (LF + "--additional_target embed_tokens", "plain LoRA"),
         (LF + "--pissa_init true", "plain LoRA"),
-        (LF + "--use_galore true", "AdamW, Adafactor and SGD"),
+        (LF + "--use_galore true", "Muon, APOLLO, Adafactor and SGD"),
         (LF + "--add_tokens <a>", "the vocabulary as it is"),
         (LF + "--rope_scaling linear", "config.json describes it"),
         (LF + "--label_smoothing_factor 0.1", "plain cross-entropy"),
@@ -356,6 +356,21 @@ def test_where_two_could_be_meant_from_decides(
 def test_another_training_is_refused(words: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         command(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (LF + "--use_muon true", "muon"),
+        (LF + "--use_apollo true --apollo_rank 16 --optim adamw_torch", "apollo"),
+        (SWIFT + "--optim muon", "muon"),
+        (SWIFT + "--optim apollo_adamw", "apollo"),
+    ],
+)
+def test_optimizers_for_matrices_are_taken_over(words: str, name: str) -> None:
+    found = command(words)
+    assert found.resolved.config.optim.name == name
+    assert any("APOLLO" in sentence for sentence in found.differs) == (name == "apollo")
 
 
 @pytest.mark.parametrize(

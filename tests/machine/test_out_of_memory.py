@@ -117,7 +117,7 @@ def test_what_cannot_be_cut_is_tried_twice() -> None:
     assert len(tries) == 2
 
 
-NAMES = ["adamw", "adamw_foreach", "adafactor", "sgd"]
+NAMES = ["adamw", "adamw_foreach", "adafactor", "muon", "apollo", "apollo_mini", "sgd"]
 
 
 def small_model() -> nn.Module:

@@ -714,7 +714,9 @@ def test_weights_of_a_source_stay_as_they_are(shared: Path) -> None:
     assert weights(shared / "tiny") == before != weights(RUN.last)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_foreach", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamw_foreach", "adafactor", "muon", "apollo", "apollo_mini", "sgd"]
+)
 def test_every_optimizer_trains(name: str) -> None:
     summary = train(f"optim.name={name}", "train.steps=8")
     assert summary.eval_loss is not None

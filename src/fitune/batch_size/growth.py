@@ -161,9 +161,7 @@ def set_settings(optimizer: torch.optim.Optimizer, settings: OptimSettings) -> N
     """
     for group in optimizer.param_groups:
         if "betas" in group:
-            group["betas"] = settings.betas
-        if isinstance(group.get("eps"), float):
-            group["eps"] = settings.eps
+            group["betas"], group["eps"] = settings.betas, settings.eps
         if group["weight_decay"]:
             group["weight_decay"] = settings.weight_decay
 

@@ -67,8 +67,8 @@ class NormRecorder:
             p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
         self._exp_avg, squares = (
-            _state_on_device(optimizer, "exp_avg"),
-            _state_on_device(optimizer, "exp_avg_sq"),
+            _averages(optimizer, "exp_avg"),
+            _averages(optimizer, "exp_avg_sq"),
         )
         is_whole = shards is None and len(squares) == len(self._parameters)
         self._exp_avg_sq = squares if preconditioned and is_whole else {}
@@ -200,15 +200,19 @@ class NormRecorder:
         )
 
 
-def _state_on_device(
-    optimizer: torch.optim.Optimizer, name: str
-) -> dict[torch.Tensor, torch.Tensor]:
-    """Return that part of each parameter's state, if it is on the parameter's device."""
-    return {
-        p: state[name]
-        for p, state in optimizer.state.items()
-        if name in state and state[name].device == p.device
-    }
+def _averages(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, torch.Tensor]:
+    """Return that part of the state by parameter, if it is on the device.
+
+    It is empty if some parameters have another state, or the average of a projection.
+    """
+    averages = {p: state.get(name) for p, state in optimizer.state.items() if state}
+    is_known = all(
+        isinstance(average, torch.Tensor)
+        and average.device == p.device
+        and average.shape == p.shape
+        for p, average in averages.items()
+    )
+    return averages if is_known else {}
 
 
 def _square(gradient: torch.Tensor) -> torch.Tensor:

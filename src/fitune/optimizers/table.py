@@ -7,14 +7,15 @@ the parameters' size, which the `foreach` version needs and which can be the pea
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from fitune.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-Groups = list[dict[str, object]]
+Group = dict[str, Any]
+Groups = list[Group]
 
 
 class OptimizerSettings(Protocol):
@@ -49,6 +50,9 @@ class OptimizerKind:
     can_shard: bool = False
     #: why it cannot be used on a CPU, and what can be used, as the end of a sentence
     needs_card: str | None = None
+    #: whether it updates the matrices of hidden layers in another way than embeddings, head and
+    #: vectors; its groups then say `hidden_matrices`, true or false
+    parts_matrices: bool = False
     #: whether its state is allocated in the first update and cannot be allocated before
     state_comes_late: bool = False
     #: whether state and update are in the host's memory
@@ -131,6 +135,48 @@ def _sgd(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Op
     return SGD(groups, lr=lr, momentum=optim.betas[0], fused=True)
 
 
+def _muon(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from torch.optim import Muon
+
+    # Scaled to AdamW's updates (Liu et al. 2025, arXiv 2502.16982), it has AdamW's learning rate.
+    return _with_adamw(
+        groups, optim, lr, lambda matrices: Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
+    )
+
+
+def _apollo(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from fitune.optimizers.apollo import APOLLO, Apollo
+
+    return _with_adamw(
+        groups,
+        optim,
+        lr,
+        lambda matrices: Apollo(matrices, APOLLO, lr=lr, betas=optim.betas, eps=optim.eps),
+    )
+
+
+def _apollo_mini(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from fitune.optimizers.apollo import APOLLO_MINI, Apollo
+
+    return _with_adamw(
+        groups,
+        optim,
+        lr,
+        lambda matrices: Apollo(matrices, APOLLO_MINI, lr=lr, betas=optim.betas, eps=optim.eps),
+    )
+
+
+def _with_adamw(
+    groups: Groups,
+    optim: OptimizerSettings,
+    lr: float,
+    build: "Callable[[Groups], torch.optim.Optimizer]",
+) -> "torch.optim.Optimizer":
+    from fitune.optimizers.hidden_matrices import HiddenMatrices
+
+    return HiddenMatrices(groups, build, lr=lr, betas=optim.betas, eps=optim.eps)
+
+
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(build=_adamw, can_shard=True),
     "adamw_foreach": OptimizerKind(build=_adamw_foreach, can_shard=True),
@@ -158,6 +204,9 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "adafactor": OptimizerKind(
         build=_adafactor, result="different", state_share=0.1, has_betas=False, is_proposed=True
     ),
+    "muon": OptimizerKind(build=_muon, result="different", parts_matrices=True),
+    "apollo": OptimizerKind(build=_apollo, result="different", parts_matrices=True),
+    "apollo_mini": OptimizerKind(build=_apollo_mini, result="different", parts_matrices=True),
     "sgd": OptimizerKind(
         build=_sgd,
         result="different",

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
+from transformers import PreTrainedModel
 
 from fitune.config import OptimConfig
 from fitune.errors import ConfigError
-from fitune.optimizers.table import OPTIMIZERS
+from fitune.optimizers.table import OPTIMIZERS, Group, Groups
 
 
 def build_optimizer(
@@ -25,11 +26,13 @@ def build_optimizer(
         raise ConfigError([f"optim.name={optim.name} {kind.needs_card}"])
     decayed = [p for p in _trainable(model) if p.ndim >= 2]
     plain = [p for p in _trainable(model) if p.ndim < 2]
-    groups = [
+    groups: Groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((decayed, optim.weight_decay), (plain, 0.0))
         if params
     ]
+    if kind.parts_matrices:
+        groups = [part for group in groups for part in _matrices_apart(model, group)]
     build = (
         kind.stand_in
         if kind.stand_in is not None and is_fake(next(model.parameters()))
@@ -42,6 +45,30 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def _matrices_apart(model: nn.Module, group: Group) -> Iterator[Group]:
+    """Yield a group in two parts: the matrices of hidden layers, and all else."""
+    at_the_ends = {
+        id(parameter)
+        for module in _embeddings_and_head(model)
+        for parameter in module.parameters(recurse=False)
+    }
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in group["params"]:
+        parts[parameter.ndim == 2 and id(parameter) not in at_the_ends].append(parameter)
+    for is_hidden, params in parts.items():
+        if params:
+            yield {**group, "params": params, "hidden_matrices": is_hidden}
+
+
+def _embeddings_and_head(model: nn.Module) -> Iterator[nn.Module]:
+    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            head = module.get_output_embeddings()
+            if head is not None:
+                yield head
 
 
 def _trainable(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adafactor, Adam, AdamW
 
-_STARTS_AT_ZERO = (Adam, AdamW, Adafactor, SGD)
+from fitune.optimizers.hidden_matrices import HiddenMatrices
+
+_STARTS_AT_ZERO = (Adam, AdamW, Adafactor, SGD, HiddenMatrices)
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> bool:

@@ -87,8 +87,8 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
         "overrides_of_model_config "
         "model_init_kwargs"
     ),
-    "fitune has the optimizers AdamW, Adafactor and SGD: take it out to train with AdamW": _none_of(
-        "use_galore use_apollo use_adam_mini use_muon optim_target_modules optim_config"
+    "fitune has the optimizers AdamW, Muon, APOLLO, Adafactor and SGD: take it out to train with AdamW": _none_of(
+        "use_galore use_adam_mini optim_target_modules optim_config"
     ),
     "fitune takes all samples in random order, each counted the same: take it out to train so": _none_of(
         "curriculum_sampling loss_weights"

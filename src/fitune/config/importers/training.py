@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import get_args
 
-from fitune.config.importers.draft import Draft, whole
+from fitune.config.importers.draft import Draft, is_off, whole
 from fitune.config.values import Tracker
 
 _SCHEDULES = {
@@ -13,14 +13,26 @@ _SCHEDULES = {
 _OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "paged_adamw_32bit": "adamw",
     "adamw_torch_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "adamw_8bit_paged", "adafactor": "adafactor", "sgd": "sgd",
+    "paged_adamw_8bit": "adamw_8bit_paged", "adafactor": "adafactor", "sgd": "sgd", "muon": "muon",
+    "apollo_adamw": "apollo",
 }  # fmt: skip
+#: An argument that switches an optimizer on, whatever the optimizer's own argument says.
+_SWITCHES = {"use_muon": "muon", "use_apollo": "apollo"}
 
 
 def put_optimizer(draft: Draft) -> None:
     asked = draft.value("optim.name")
     name = draft.name("optim.name")
-    if asked in _OPTIMIZERS:
+    switch = next(
+        (switch for switch in _SWITCHES if not is_off(draft.argument(switch, False))), None
+    )
+    if switch is not None:
+        draft.write("optim.name", _SWITCHES[switch], draft.quoted(switch))
+        draft.reasons |= dict.fromkeys(
+            draft.names("optim.name"), "another optimizer is switched on"
+        )
+        name = None
+    elif asked in _OPTIMIZERS:
         draft.write("optim.name", _OPTIMIZERS[asked])
     elif name is not None:
         draft.differs.append(
@@ -29,6 +41,10 @@ def put_optimizer(draft: Draft) -> None:
     if name is not None and asked == "paged_adamw_32bit":
         draft.differs.append(
             f"{draft.quoted(name)}: its state stays on the card; adamw_host keeps it in host memory"
+        )
+    if draft.written.get("optim.name", ("",))[0] == "apollo":
+        draft.differs.append(
+            "APOLLO keeps a quarter of each matrix's smaller dimension here, and no other rank"
         )
     usual = draft.default("optim.betas")
     given = [name for name in ("adam_beta1", "adam_beta2") if name in draft.arguments.values]
