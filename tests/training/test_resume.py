@@ -62,6 +62,8 @@ KINDS = {
     "a mixture with weights": ("data.train=[{path: sft.jsonl, weight: 1.5}]",),
     "sgd": ("optim.name=sgd",),
     "adafactor": ("optim.name=adafactor",),
+    "muon": ("optim.name=muon",),
+    "apollo": ("optim.name=apollo",),
     "recomputed": ("model.recompute=full",),
 }
 
