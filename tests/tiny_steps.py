@@ -69,6 +69,27 @@ def make_model(family: str = "llama", *, tied: bool = True, lora: bool = False) 
     return model
 
 
+def plain_gradient(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
+    """Return gradient and loss of plain transformers: the whole batch padded, its labels masked, its own loss."""
+    width = max(len(row) for row in batch.rows)
+    ids = torch.zeros((len(batch.rows), width), dtype=torch.int64)
+    labels = torch.full((len(batch.rows), width), -100)
+    for place, row in enumerate(batch.rows):
+        row_ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        ids[place, : len(row)] = row_ids
+        labels[place, : len(row)] = torch.where(
+            torch.from_numpy(row.loss_weights > 0), row_ids, -100
+        )
+    mask = torch.arange(width) < torch.tensor([len(row) for row in batch.rows]).unsqueeze(1)
+    model.zero_grad()
+    loss = model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+    loss.backward()
+    capture = Capture(model.parameters())
+    capture.step()
+    model.zero_grad()
+    return capture.vector(), loss.item()
+
+
 def settings_for(model: nn.Module, loss: str, clip: float = 0.0) -> StepSettings:
     head = decoder_and_head(model) if loss == "chunked" else None
     assert not isinstance(head, str), head

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -24,7 +25,7 @@ from fitune.recovery.step import SafeResult, safe_step
 from fitune.step.work import StepSettings, micro_batch_work
 from products import combinations
 from tiny_models import TINY
-from tiny_steps import distance, make_batch
+from tiny_steps import distance, make_batch, plain_gradient
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"attention_dropout": 0.3},
@@ -120,6 +121,12 @@ class Trained:
         ]
 
 
+@functools.cache
+def plain(variant: str, dtype: torch.dtype, lora: bool) -> tuple[torch.Tensor, float]:
+    """The gradient and the loss of plain transformers, which know nothing of the step."""
+    return plain_gradient(Trained(variant, dtype=dtype, lora=lora).model, make_batch())
+
+
 def pieces_of(batch: Batch, *, packed: bool) -> list[MicroBatch]:
     return split(batch, packed=packed, micro_rows=3)
 
@@ -189,3 +196,6 @@ def test_a_step_that_runs_out_of_memory_is_the_step_of_its_plan(
     assert result.step.loss_weight == whole.step.loss_weight == batch.loss_weight
     if variant != "dropout":  # whose masks belong to the split
         assert distance(gradient, asked_for.gradient) < TOLERANCE[dtype]
+        expected, loss = plain(variant, dtype, lora)
+        assert distance(gradient, expected) < TOLERANCE[dtype]
+        assert result.step.loss == pytest.approx(loss, rel=TOLERANCE[dtype])

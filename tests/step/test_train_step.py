@@ -13,7 +13,15 @@ from fitune.step.evaluate import evaluate
 from fitune.step.step import StepResult
 from fitune.step.work import StepSettings, train_step
 from tiny_models import TINY
-from tiny_steps import LENGTHS, MASKED_ROW, Capture, distance, make_batch, make_model, settings_for
+from tiny_steps import (
+    MASKED_ROW,
+    Capture,
+    distance,
+    make_batch,
+    make_model,
+    plain_gradient,
+    settings_for,
+)
 
 
 def gradient(
@@ -22,29 +30,6 @@ def gradient(
     capture = Capture(model.parameters())
     result = train_step(model, capture, micro_batches, settings=settings_for(model, loss))
     return capture.vector(), result
-
-
-def reference(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
-    """Plain transformers: the whole batch padded, its labels masked, its own loss."""
-    width = max(LENGTHS)
-    ids, labels = (
-        torch.zeros((len(LENGTHS), width), dtype=torch.int64),
-        torch.full((len(LENGTHS), width), -100),
-    )
-    for place, row in enumerate(batch.rows):
-        row_ids = torch.from_numpy(row.input_ids.astype(np.int64))
-        ids[place, : len(row)] = row_ids
-        labels[place, : len(row)] = torch.where(
-            torch.from_numpy(row.loss_weights > 0), row_ids, -100
-        )
-    mask = torch.arange(width) < torch.tensor(LENGTHS).unsqueeze(1)
-    model.zero_grad()
-    loss = model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
-    loss.backward()
-    capture = Capture(model.parameters())
-    capture.step()
-    model.zero_grad()
-    return capture.vector(), loss.item()
 
 
 SPLITS = {
@@ -66,7 +51,7 @@ def test_the_gradient_is_that_of_plain_transformers_for_every_split(
     tied: bool, lora: bool, packed: bool, loss: str
 ) -> None:
     model, batch = make_model(tied=tied, lora=lora), make_batch()
-    expected, expected_loss = reference(model, batch)
+    expected, expected_loss = plain_gradient(model, batch)
     for name, how in SPLITS.items():
         found, result = gradient(model, split(batch, packed=packed, **how), loss)
         assert distance(found, expected) < 1e-6, name
@@ -97,7 +82,7 @@ def test_the_chunked_loss_has_the_gradient_of_full_logits_in_every_family(family
 def test_a_mean_of_means_would_be_noticed() -> None:
     """The usual `loss / accumulation_steps` is far off, so the tests above can fail."""
     model, batch = make_model(), make_batch()
-    expected, _ = reference(model, batch)
+    expected, _ = plain_gradient(model, batch)
     micro_batches = [part for part in split(batch, packed=True, micro_rows=2) if part.loss_weight]
     parts = [gradient(model, [part], "full")[0] for part in micro_batches]
     assert distance(torch.stack(parts).mean(0), expected) > 0.05
@@ -154,7 +139,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
 
 def test_clipping_bounds_the_gradient_of_the_whole_batch_and_reports_the_norm_before_it() -> None:
     model, batch = make_model(), make_batch()
-    expected, _ = reference(model, batch)
+    expected, _ = plain_gradient(model, batch)
     capture = Capture(model.parameters())
     micro_batches = split(batch, packed=True, micro_rows=2)
     result = train_step(
@@ -170,7 +155,7 @@ def test_evaluation_gives_loss_and_accuracy_of_the_plain_model_and_leaves_it_tra
 ) -> None:
     model, batch = make_model(), make_batch()
     model.train()
-    _, expected_loss = reference(model, batch)
+    _, expected_loss = plain_gradient(model, batch)
     settings = settings_for(model, loss)
     result = evaluate(model, split(batch, packed=False, micro_rows=2), settings=settings)
     assert result.loss == pytest.approx(expected_loss, rel=1e-6)
@@ -199,7 +184,8 @@ def test_evaluation_gives_the_loss_of_each_row_however_rows_are_laid_out(
     rows = sorted(batch.rows, key=lambda row: row.row_id)
     weights = [row.loss_weights.sum() for row in rows]
     expected = [
-        w and reference(model, Batch((row,)))[1] * w for row, w in zip(rows, weights, strict=True)
+        w and plain_gradient(model, Batch((row,)))[1] * w
+        for row, w in zip(rows, weights, strict=True)
     ]
     assert result.row_losses == pytest.approx(expected, rel=1e-5)
     assert result.row_weights == pytest.approx(weights)
@@ -207,7 +193,7 @@ def test_evaluation_gives_the_loss_of_each_row_however_rows_are_laid_out(
 
 def test_bfloat16_autocast_keeps_a_float32_loss_close_to_float32() -> None:
     model, batch = make_model(), make_batch()
-    expected, expected_loss = reference(model, batch)
+    expected, expected_loss = plain_gradient(model, batch)
     head = decoder_and_head(model)
     assert isinstance(head, Head)
     capture = Capture(model.parameters())
