@@ -20,6 +20,8 @@ from fitune.report.thin import thin, thin_all
 from fitune.units import GIB
 
 Kind = Literal["line", "faint", "area", "marks", "bars", "points"]
+#: the parts of the page that have pictures
+Section = Literal["comparison", "loss", "memory", "peak", "data"]
 Numbers = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
@@ -58,6 +60,8 @@ class Picture:
 
     #: the name of the picture in the page and of its file
     key: str
+    #: the part of the page that it is in
+    section: Section
     title: str
     #: the horizontal axes: name -> title
     axes: Mapping[str, str]
@@ -66,13 +70,10 @@ class Picture:
     #: (label, y) of horizontal lines
     lines: tuple[tuple[str, float], ...] = ()
     stacked: bool = False
+    #: whether the vertical axis begins at zero, as for bytes and counts
+    from_zero: bool = True
     #: what the picture shows, as text for users who cannot see it
     says: str = field(default="")
-
-    @property
-    def y_from(self) -> str:
-        """Where the vertical axis begins, in plotly's words: at zero for bytes and counts."""
-        return "normal" if self.key in ("loss", "pareto", "noise", "grad_norm") else "tozero"
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
@@ -87,7 +88,11 @@ def pictures(comparison: Comparison) -> list[Picture]:
         lengths_picture(runs),
         curve_picture(runs, "lr", title=say("Learning rate"), y_title=say("learning rate")),
         curve_picture(
-            runs, "grad_norm", title=say("Gradient norm before clipping"), y_title=say("norm")
+            runs,
+            "grad_norm",
+            title=say("Gradient norm before clipping"),
+            y_title=say("norm"),
+            from_zero=False,
         ),
         noise_picture(runs),
     ]
@@ -102,6 +107,8 @@ def loss_picture(comparison: Comparison) -> Picture | None:
     series = [each for index, run in enumerate(ran) for each in _loss_series(run, index, share)]
     return Picture(
         key="loss",
+        section="loss",
+        from_zero=False,
         title=say("Loss"),
         axes=_known_axes(series),
         y_title=say("nats per token"),
@@ -114,7 +121,7 @@ def loss_picture(comparison: Comparison) -> Picture | None:
 
 
 def curve_picture(
-    runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str
+    runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str, from_zero: bool = True
 ) -> Picture | None:
     """Draw a column of the runs' metrics, step by step.
 
@@ -132,6 +139,8 @@ def curve_picture(
         return None
     return Picture(
         key=name,
+        section="loss",
+        from_zero=from_zero,
         title=title,
         axes=_known_axes(series),
         y_title=y_title,
@@ -210,6 +219,7 @@ def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
     series += _event_marks(run, minutes, total[rows] / GIB)
     return Picture(
         key=f"memory-{run.name}",
+        section="memory",
         title=say("Memory over time: {name}", name=run.name),
         axes={"x": say("minutes")},
         y_title="GiB",
@@ -272,6 +282,7 @@ def _step_peaks(run: RecordedRun, most_points: int) -> Picture | None:
     highest = max(float(np.nanmax(run.train[name])) for name in known)
     return Picture(
         key=f"memory-{run.name}",
+        section="memory",
         title=say("Peak memory of each step: {name}", name=run.name),
         axes={"x": say("step")},
         y_title="GiB",
@@ -326,6 +337,7 @@ def predicted_picture(comparison: Comparison) -> Picture | None:
         return None
     return Picture(
         key="predicted",
+        section="memory",
         title=say("Peak memory of the predicted step, and as measured in it"),
         axes={"x": say("run")},
         y_title="GiB",
@@ -349,6 +361,7 @@ def microscope_picture(run: RecordedRun) -> Picture | None:
     series = Series("", {"x": names}, sizes / GIB, "bars", 0)
     return Picture(
         key=f"microscope-{run.name}",
+        section="peak",
         title=say("Alive at the peak, in {phase}: {name}", phase=phase, name=run.name),
         axes={"x": say("category")},
         y_title="GiB",
@@ -380,6 +393,8 @@ def pareto_picture(comparison: Comparison) -> Picture | None:
         )
     return Picture(
         key="pareto",
+        section="comparison",
+        from_zero=False,
         title=say(
             "Peak against loss; a larger point is faster; * nothing else is better all round"
         ),
@@ -404,6 +419,7 @@ def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
     waste = ", ".join(f"{name} {value:.2f} x" for name, value in padding.items())
     return Picture(
         key="lengths",
+        section="data",
         title=say(
             "Tokens of a sample; tokens computed, padding included, for a real one: {waste}",
             waste=waste or "n/a",
@@ -430,6 +446,8 @@ def noise_picture(runs: Sequence[RecordedRun]) -> Picture | None:
         return None
     return Picture(
         key="noise",
+        section="loss",
+        from_zero=False,
         title=say("Noise scale: the batch beyond which more samples a step stop paying"),
         axes={"x": say("tokens")},
         y_title=say("tokens a step"),

@@ -26,7 +26,7 @@ from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable
 from fitune.report import tables
 from fitune.report.advice import advise
-from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
+from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Section, Series, pictures
 from fitune.report.compare import ComparedRun, Comparison
 from fitune.report.run_on_disk import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
 from fitune.report.suggestion import Advice
@@ -104,9 +104,9 @@ def _body(comparison: Comparison, drawn: Sequence[Picture], *, title: str) -> st
     runs = [row.run for row in comparison.rows]
     best = next(iter(sorted(comparison.rows, key=finite_loss)), None)
     advice = [] if best is None else advise(best.run, comparison)
-    losses = _axis_switch(drawn) + _plots(drawn, "loss", "lr", "grad_norm", "noise")
-    peak = _plots(drawn, "microscope") + _largest(runs)
-    table = _comparison(comparison) + _plots(drawn, "pareto")
+    losses = _axis_switch(drawn) + _plots(drawn, "loss")
+    peak = _plots(drawn, "peak") + _largest(runs)
+    table = _comparison(comparison) + _plots(drawn, "comparison")
     return "\n".join(
         [
             f"<header><h1>{_bdi(title)}</h1>{_header(comparison)}</header>",
@@ -114,9 +114,9 @@ def _body(comparison: Comparison, drawn: Sequence[Picture], *, title: str) -> st
             "<main id='main'>",
             _section("comparison", say("Comparison"), table),
             _section("loss", say("Loss"), losses),
-            _section("memory", say("Memory"), _plots(drawn, "memory", "predicted")),
+            _section("memory", say("Memory"), _plots(drawn, "memory")),
             _section("peak", say("One step under the microscope"), peak),
-            _section("data", say("Data"), _plots(drawn, "lengths")),
+            _section("data", say("Data"), _plots(drawn, "data")),
             _section("advice", say("Advice"), _advice(best, advice)),
             _section("events", say("Events"), "".join(_events(run) for run in runs)),
             _section("settings", say("Settings"), "".join(_settings(run) for run in runs)),
@@ -276,14 +276,13 @@ def _axis_switch(drawn: Sequence[Picture]) -> str:
     return f"<fieldset><legend>{_text(say('by'))}</legend>{inputs}</fieldset>"
 
 
-def _plots(drawn: Sequence[Picture], *prefixes: str) -> str:
+def _plots(drawn: Sequence[Picture], section: Section) -> str:
     return "".join(
         f"<h3>{_text(picture.title)}</h3>"
         f"<div class='plot' id='{_plot_id(picture)}' role='img' tabindex='0' "
         f"aria-label='{_text(picture.says)}'></div>"
-        for prefix in prefixes
         for picture in drawn
-        if picture.key.startswith(prefix)
+        if picture.section == section
     )
 
 
@@ -375,7 +374,7 @@ def _figure(picture: Picture) -> dict[str, Any]:
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
         "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True,
-                  "rangemode": picture.y_from, "exponentformat": "e"},
+                  "rangemode": "tozero" if picture.from_zero else "normal", "exponentformat": "e"},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#0072B2"},
         # without the top margin the mode bar would cover the label of a line
         "margin": {"l": 60, "r": 20, "t": 34, "b": 50},
