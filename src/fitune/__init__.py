@@ -111,7 +111,7 @@ _ELSEWHERE = {
 }
 
 
-def _renderer(module: str, function: str) -> Callable[[Any], str]:
+def _renderer(module: str, function: str) -> Callable[[object], str]:
     """Return a renderer that imports its module when it is first needed."""
     return lambda shown: str(getattr(importlib.import_module(module), function)(shown))
 
@@ -129,7 +129,7 @@ if TYPE_CHECKING:
 
 else:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name in _ELSEWHERE:
             with collections_paused():
                 return getattr(importlib.import_module(_ELSEWHERE[name]), name)

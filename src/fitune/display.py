@@ -5,10 +5,9 @@ registered here.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 #: name of a class -> function that returns the HTML of an object; `fitune/__init__.py` fills it
-RENDERERS: dict[str, Callable[[Any], str]] = {}
+RENDERERS: dict[str, Callable[[object], str]] = {}
 
 
 class HtmlDisplay:

@@ -5,7 +5,6 @@ The result covers allocated and reserved memory of PyTorch and the memory used o
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -108,7 +107,7 @@ class Prediction(HtmlDisplay):
         return f"Prediction: {', '.join(sums)}{verdict} · {peak}: {parts}"
 
 
-def peak_json(prediction: Prediction) -> dict[str, Any]:
+def peak_json(prediction: Prediction) -> dict[str, object]:
     """Return what is live at the peak, for `write_json`."""
     return {
         "schema": 1,

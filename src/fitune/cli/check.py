@@ -72,7 +72,7 @@ def check(
 def report_on(
     data: DataConfig,
     *,
-    tokenizer: Any,
+    tokenizer: object,
     output_format: Literal["human", "json"] = "human",
     eval_max_rows: int = 2000,
     show: int = 0,
@@ -184,7 +184,7 @@ def _warnings(report: DataReport) -> Iterator[str]:
         )
 
 
-def _loss_lines(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[str]:
+def _loss_lines(examples: "Examples", tokenizer: object, *, width: int) -> Iterator[str]:
     """Yield lines about supervised tokens of the first sample, ends of answers and cut samples."""
     report = examples.report
     row = next(iter(examples), None)
@@ -212,7 +212,7 @@ def _text(tokenizer: Any, ids: Any) -> str:
     return in_time(lambda: str(tokenizer.decode(ids)), num_chars=len(ids))
 
 
-def _sample_text(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
+def _sample_text(examples: "Examples", index: int, tokenizer: object, *, colour: bool) -> Text:
     row = examples[index]
     text = Text().append(
         say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n",

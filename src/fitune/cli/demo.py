@@ -71,7 +71,9 @@ def demo(
     print_text(translated("and with     fitune sweep examples/minimind/three_cpu.yaml"))
 
 
-def demo_config(model_path: Path, data_path: Path, *, output: Path, steps: int) -> dict[str, Any]:
+def demo_config(
+    model_path: Path, data_path: Path, *, output: Path, steps: int
+) -> dict[str, object]:
     return {
         "model": {"source": str(model_path)},
         "data": {"train": str(data_path), "eval_fraction": 0.05, "max_length": 512},
@@ -83,7 +85,7 @@ def demo_config(model_path: Path, data_path: Path, *, output: Path, steps: int) 
     }
 
 
-def _train(config: Mapping[str, Any]) -> tuple["RunDirectory", "Summary"]:
+def _train(config: Mapping[str, object]) -> tuple["RunDirectory", "Summary"]:
     from fitune.training.session import NewRun, run_session
 
     with TrainingProgress(quiet=False) as progress:

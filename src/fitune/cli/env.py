@@ -46,7 +46,7 @@ def env(
         _print(machine, console(output_format))
 
 
-def _print(machine: Mapping[str, Any], screen: Screen) -> None:
+def _print(machine: Mapping[str, object], screen: Screen) -> None:
     for title, lines in _sections(machine):
         for number, line in enumerate(lines):
             screen.print(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -65,7 +65,7 @@ def _ends(run: RunDirectory) -> list[str]:
         return []
 
 
-def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple[object, object]:
     """Load (model, tokenizer) from saved weights; adapters are loaded onto the run's base model.
 
     Somebody else may have made the directory, so its configuration alone must not allow Python

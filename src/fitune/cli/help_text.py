@@ -31,7 +31,7 @@ class HelpText(DefaultFormatter):
         super().render_description(console, options, description)
 
 
-def _plain(content: Any) -> str:
+def _plain(content: object) -> str:
     return str(getattr(content, "primary_renderable", content)).rstrip()
 
 

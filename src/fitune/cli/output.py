@@ -79,7 +79,7 @@ def print_aside(text: object) -> None:
     print(printable(str(text)), file=sys.stderr, flush=True)
 
 
-def print_json(content: Mapping[str, Any]) -> None:
+def print_json(content: Mapping[str, object]) -> None:
     print_text(json_text({"schema": SCHEMA, **content}, indent=2))
 
 

@@ -102,7 +102,7 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
         )
 
 
-def plan_content(config: RunConfig) -> dict[str, Any]:
+def plan_content(config: RunConfig) -> dict[str, object]:
     """Return {plan, state}, or {plan, plan_fault} if planning fails. The run is still tried then."""
     from fitune.planning.plan import plan_json
     from fitune.planning.search import choose_plan
@@ -277,7 +277,7 @@ def _search(found: Sweep, search: Search, states: States) -> None:
     study.optimize(objective, n_trials=max(remaining, 0), catch=(ConfigError,))
 
 
-def _suggest(trial: Any, key: str, values: Any) -> Any:
+def _suggest(trial: Any, key: str, values: Any) -> object:
     if isinstance(values, list):
         return trial.suggest_categorical(key, values)
     low, high = values["low"], values["high"]

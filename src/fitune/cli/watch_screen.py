@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -75,7 +74,7 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
     return text
 
 
-def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
+def watch_json(view: RunView, *, now: float) -> dict[str, object]:
     """Return the content of the screen as a JSON object: sizes in bytes, None for unknown."""
     progress = progress_fraction(view)
     return {

@@ -29,13 +29,13 @@ OWN_PATHS: Mapping[KeyPath, KeyPath] = {
 _CHECKPOINTING = {True: "full", False: "off", "true": "full", "false": "off"}
 
 
-def own_value(alias: KeyPath, value: Any) -> Any:
+def own_value(alias: KeyPath, value: object) -> object:
     """Convert the value of an alias: transformers' gradient_checkpointing is true or false."""
     is_switch = alias == ("model", "gradient_checkpointing") and isinstance(value, bool | str)
     return _CHECKPOINTING.get(value, value) if is_switch else value
 
 
-def with_aliases(schema: dict[str, Any]) -> dict[str, Any]:
+def with_aliases(schema: dict[str, Any]) -> dict[str, object]:
     """Add every alias to the JSON schema of a configuration, next to its key."""
     for alias, key in OWN_PATHS.items():
         reference = schema["properties"][key[0]]["$ref"].rpartition("/")[2]

@@ -53,7 +53,7 @@ class ResolvedConfig:
 
 
 def read_config(
-    source: Path | str | Mapping[str, Any] | None, overrides: Sequence[str] = ()
+    source: Path | str | Mapping[str, object] | None, overrides: Sequence[str] = ()
 ) -> ResolvedConfig:
     """Read and check a configuration.
 
@@ -424,7 +424,7 @@ def _key_of(location: tuple[int | str, ...]) -> KeyPath:
     return path
 
 
-def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, Any] | None:
+def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, object] | None:
     """Return the class of a section, the JSON schema of a key, or None for an unknown path."""
     model: type[Section] = RunConfig
     for depth, part in enumerate(path):
@@ -448,7 +448,7 @@ def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, Any] | None:
 
 @cache
 def _properties(model: type[Section]) -> Mapping[str, Any]:
-    properties: Mapping[str, Any] = model.model_json_schema()["properties"]
+    properties: Mapping[str, object] = model.model_json_schema()["properties"]
     return properties
 
 
@@ -479,14 +479,14 @@ def _get(tree: Any, path: KeyPath) -> Any:
     return tree
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Copy mappings and sequences to dicts and lists, so that the caller's stay unchanged."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _paths(tree: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+def _paths(tree: object, path: KeyPath = ()) -> Iterator[KeyPath]:
     yield path
     items = (
         tree.items()

@@ -22,7 +22,7 @@ def format_config(resolved: ResolvedConfig) -> str:
     return commented_yaml(resolved.config.model_dump(mode="json"), resolved.origins)
 
 
-def commented_yaml(tree: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+def commented_yaml(tree: Mapping[str, object], comments: Mapping[str, str]) -> str:
     """Format a tree of sections as YAML. comments: dotted key of a value -> its comment."""
     return "\n".join(_lines(tree, comments, "")) + "\n"
 
@@ -36,7 +36,7 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """Return the JSON schema (draft 2020-12) of the configuration file, for editors."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return head | with_aliases(RunConfig.model_json_schema()) | {"title": "fitune configuration"}
@@ -53,7 +53,7 @@ def _lines(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> 
             yield from _lines(value, origins, f"{key}.")
 
 
-def _flow(value: Any) -> str:
+def _flow(value: object) -> str:
     """Format a value as JSON, which is also YAML, without quotes around text that needs none.
 
     A YAML 1.1 parser reads the same value.

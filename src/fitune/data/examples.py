@@ -77,7 +77,7 @@ class Examples:
         return (self[index] for index in range(len(self)))
 
 
-def data_json(train: Examples, held_out: Examples) -> dict[str, Any]:
+def data_json(train: Examples, held_out: Examples) -> dict[str, object]:
     """Return what a run stores about its data, as `write_json` takes it.
 
     It contains the report, the histogram of lengths and the hashes of both sides.
@@ -94,7 +94,7 @@ def data_json(train: Examples, held_out: Examples) -> dict[str, Any]:
 
 def load_examples(
     data: DataConfig,
-    tokenizer: Any,
+    tokenizer: object,
     *,
     split: Literal["train", "eval"] = "train",
     eval_max_rows: int = 2000,
@@ -269,7 +269,7 @@ def _tokenise(
     data: DataConfig,
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the samples of all rows into the table and return its facts.
 
     Raises DataError if too many rows are bad, or no sample has a supervised token.

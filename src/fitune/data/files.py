@@ -73,7 +73,7 @@ def split_sample(path: str) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def fingerprint(source: DataSource, *, split: Split = "train") -> list[Any]:
+def fingerprint(source: DataSource, *, split: Split = "train") -> list[object]:
     """Return values that change when the rows of a source change; they are part of the cache key.
 
     A file of up to 64 MiB is hashed as a whole. To hash 9 GB would delay the start too much, so a

@@ -113,7 +113,7 @@ class Conversation:
         return tuple(weight for message, weight in turns if message["role"] == "assistant")
 
 
-def detect_format(row: Mapping[str, Any]) -> Format | None:
+def detect_format(row: Mapping[str, object]) -> Format | None:
     """Return the format of one row, or None if its keys fit no format."""
     for key in TURN_KEYS:
         turns = parsed(row.get(key))
@@ -135,7 +135,7 @@ def detect_format(row: Mapping[str, Any]) -> Format | None:
     return None
 
 
-def _are_pairs(turns: Any) -> bool:
+def _are_pairs(turns: object) -> bool:
     """Return whether these are pairs of texts, question-answer objects, or alternating texts."""
     if not isinstance(turns, list) or not turns:
         return False
@@ -210,7 +210,7 @@ def normalise(
     )
 
 
-def _object_of(row: Any) -> dict[str, Any]:
+def _object_of(row: object) -> dict[str, object]:
     """Return a row as an object, also if it is a list of messages, a text, or JSON text.
 
     Raises RowError for anything else.
@@ -233,7 +233,7 @@ def _object_of(row: Any) -> dict[str, Any]:
     return row
 
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
     """Return the row with its columns under our names.
 
     Keys that would decide the format are dropped if `columns` maps other keys to their meaning.
@@ -283,10 +283,10 @@ _OPTIONAL_COLUMNS = ("input", "system", "history", "tools")
 
 def _conversation(
     messages: list[tuple[Message, float | None]],
-    tools: list[dict[str, Any]] | None,
+    tools: list[dict[str, object]] | None,
     text: str | None,
     *,
-    arguments: dict[str, Any] | None = None,
+    arguments: dict[str, object] | None = None,
     unknown: tuple[str, ...] = (),
 ) -> Conversation:
     parts = [messages, tools, text] if arguments is None else [messages, tools, text, arguments]
@@ -317,13 +317,13 @@ def _conversation(
     )
 
 
-def _turns_of_list(row: Mapping[str, Any]) -> list[Any]:
+def _turns_of_list(row: Mapping[str, Any]) -> list[object]:
     key = next(key for key in TURN_KEYS if parsed(row.get(key)))
     turns: list[Any] = parsed(row[key])
     return turns
 
 
-def _turns_of_pairs(row: Mapping[str, Any]) -> list[Any]:
+def _turns_of_pairs(row: Mapping[str, object]) -> list[object]:
     turns = _turns_of_list(row)
     if all(isinstance(turn, str) for turn in turns):
         roles = ("user", "assistant")
@@ -346,14 +346,14 @@ def _pairs(pairs: Sequence[Any]) -> list[Any]:
     return turns
 
 
-def _turns_of_question(row: Mapping[str, Any]) -> list[Any]:
+def _turns_of_question(row: Mapping[str, object]) -> list[object]:
     question_key, answer_key = question_and_answer(row) or ("", "")
     if detect_format(row) == "alpaca":
         question_key, answer_key = "instruction", "output"
     return [*_turns_before_answer(row, question_key), *_answer_turns(row, answer_key)]
 
 
-def _turns_of_prompt(row: Mapping[str, Any]) -> list[Any]:
+def _turns_of_prompt(row: Mapping[str, Any]) -> list[object]:
     turns = [
         {**turn, "loss_weight": 0} for turn in _turns_before_answer(row, "prompt", is_weighed=True)
     ]
@@ -372,7 +372,7 @@ def _turns_before_answer(
     return [*_history(row), {"role": "user", "content": _question(row, question_key)}]
 
 
-def _history(row: Mapping[str, Any]) -> list[Any]:
+def _history(row: Mapping[str, object]) -> list[object]:
     history = parsed(row.get("history")) or []
     if not isinstance(history, list):
         raise RowError(f"'history' is {kind_of(history)}, not a list of pairs")
@@ -383,7 +383,7 @@ def _history(row: Mapping[str, Any]) -> list[Any]:
     return _pairs(history)
 
 
-def _question(row: Mapping[str, Any], question_key: str) -> str:
+def _question(row: Mapping[str, object], question_key: str) -> str:
     """Return the question, followed by its context."""
     keys = (question_key, *(key for key in CONTEXT_KEYS if key != question_key))
     return "\n".join(part for key in keys if (part := text_of(row.get(key) or "", f"'{key}'")))
@@ -413,7 +413,7 @@ def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[Any]:
     return [turn if thought is None else {**turn, "reasoning_content": thought}]
 
 
-def _messages_in(value: Any) -> list[Any] | None:
+def _messages_in(value: object) -> list[Any] | None:
     turns = parsed(value)
     is_messages = (
         isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)

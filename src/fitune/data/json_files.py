@@ -45,7 +45,7 @@ def _is_array_a_line(path: Path) -> bool:
         return False
 
 
-def _first_object(path: Path) -> dict[str, Any] | None:
+def _first_object(path: Path) -> dict[str, object] | None:
     """Return the first object of a file if it spans several lines or contains all the rows.
 
     Returns None for JSON lines, and where the first line is broken.
@@ -74,7 +74,7 @@ def _first_object(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _read_objects(path: Path, first: Mapping[str, Any]) -> Iterator[RawRow]:
+def _read_objects(path: Path, first: Mapping[str, object]) -> Iterator[RawRow]:
     """Yield JSON objects that follow one another, or the rows that the only object contains."""
     rows = _rows_in(first, path)
     if rows is None or sum(1 for _ in islice(_read_values(path), 2)) > 1:
@@ -118,7 +118,7 @@ def _rows_in(value: Mapping[str, Any], path: Path) -> list[Any] | None:
     return _wrapped_rows(value, path)
 
 
-def _wrapped_rows(value: Mapping[str, Any], path: Path) -> list[Any] | None:
+def _wrapped_rows(value: Mapping[str, object], path: Path) -> list[object] | None:
     """Return the rows in the list under one of the object's keys, None where there is no such list.
 
     Raises DataError if several keys contain a list of rows.

@@ -60,12 +60,12 @@ _HARMLESS_KEYS = frozenset((
 LEAVE_OUT = "leave the key out, or name it in data.ignore_keys to train on the sample all the same"
 
 
-def is_none(value: Any) -> bool:
+def is_none(value: object) -> bool:
     """Return whether this is how a table writes a missing value: None or NaN."""
     return value is None or (isinstance(value, float) and value != value)
 
 
-def plain_keys(row: Mapping[Any, Any]) -> dict[Any, Any]:
+def plain_keys(row: Mapping[object, object]) -> dict[Any, object]:
     """Return the row with keys in lower case, without white space around them.
 
     If two keys would become the same, the row is returned as it is.
@@ -76,14 +76,14 @@ def plain_keys(row: Mapping[Any, Any]) -> dict[Any, Any]:
     return plain if len(plain) == len(row) else dict(row)
 
 
-def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str] | None:
+def question_and_answer(row: Mapping[str, object]) -> tuple[str, str] | None:
     """Return the keys of the question and the answer; None where the row has no such keys."""
     question_key = next((key for key in QUESTION_KEYS if row.get(key) is not None), None)
     answer_key = next((key for key in ANSWER_KEYS if row.get(key) is not None), None)
     return None if question_key is None or answer_key is None else (question_key, answer_key)
 
 
-def refuse_several(row: Mapping[str, Any]) -> None:
+def refuse_several(row: Mapping[str, object]) -> None:
     """Raise RowError if a row has several questions or answers, any of which could be meant."""
     for keys, what, ours in (
         (_ONE_QUESTION, "questions", "prompt"),
@@ -97,7 +97,7 @@ def refuse_several(row: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_other_meanings(row: Mapping[str, Any], found: str | None) -> None:
+def refuse_other_meanings(row: Mapping[str, object], found: str | None) -> None:
     """Raise RowError for a key by which the row is no answer to imitate, or is not text alone.
 
     found: the row's format.
@@ -142,7 +142,7 @@ def refuse_other_meanings(row: Mapping[str, Any], found: str | None) -> None:
             )
 
 
-def unknown_keys(row: Mapping[str, Any], found: str) -> tuple[str, ...]:
+def unknown_keys(row: Mapping[str, object], found: str) -> tuple[str, ...]:
     """Return the keys of a row in the format `found` that are neither read nor harmless."""
     harmless: set[str] = set()
     if found in ("messages", "conversations", "sharegpt", "pairs"):
@@ -173,12 +173,12 @@ def unknown_keys(row: Mapping[str, Any], found: str) -> tuple[str, ...]:
     )
 
 
-def template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | None:
+def template_arguments(row: Mapping[str, object]) -> dict[str, Any] | None:
     """Return the variables other than messages and tools that a row gives its chat template.
 
     Raises RowError if they have a reserved name.
     """
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for key in _ARGUMENT_NAMES:
         value = row.get(key)
         if value is not None and not (key == "thinking" and not isinstance(value, bool)):
@@ -193,14 +193,14 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | None:
     return arguments or None
 
 
-def _object(value: Any, what: str) -> dict[str, Any] | None:
+def _object(value: object, what: str) -> dict[str, object] | None:
     value = parsed(value, what)
     if value is not None and not isinstance(value, dict):
         raise RowError(f"'{what}' is {kind_of(value)}, not an object")
     return value
 
 
-def fault_of_turns(row: Mapping[str, Any]) -> str | None:
+def fault_of_turns(row: Mapping[str, object]) -> str | None:
     """Return why the messages of a row cannot be read; None where it has no messages."""
     key = next((key for key in TURN_KEYS if row.get(key) is not None), None)
     if key is None:

@@ -66,13 +66,13 @@ class TemplateHabits:
     #: the token that ends a text
     eos_token: str | None
     #: what the template writes before an answer, by the role of the message before it
-    openings: dict[Any, str] = field(default_factory=dict)
+    openings: dict[object, str] = field(default_factory=dict)
     #: what the template writes before the next message, and the token that ended the answer
-    headers: dict[Any, tuple[str, str | None]] = field(default_factory=dict)
+    headers: dict[object, tuple[str, str | None]] = field(default_factory=dict)
     #: what must be added after a last answer, as `_suffix` returns it
-    suffixes: dict[Any, tuple[str, str | None, str | None]] = field(default_factory=dict)
+    suffixes: dict[object, tuple[str, str | None, str | None]] = field(default_factory=dict)
     #: whether the template writes anything after a plain answer
-    ends_answers: dict[Any, bool] = field(default_factory=dict)
+    ends_answers: dict[object, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tokens = sorted(
@@ -145,7 +145,7 @@ class MarkedRendering:
         opening = "" if self.style == "ends" else chr(mark)
         return f"{text[:first]}{opening}{stripped}{chr(mark + 1)}{text[end:]}"
 
-    def _marked_call(self, call: Mapping[str, Any], mark: int) -> Mapping[str, Any]:
+    def _marked_call(self, call: Mapping[str, object], mark: int) -> Mapping[str, Any]:
         if isinstance(function := call.get("function"), Mapping):
             return {**call, "function": self._marked_call(function, mark)}
         opening = "" if self.style == "ends" else chr(mark)

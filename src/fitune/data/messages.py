@@ -65,12 +65,12 @@ class RowError(ValueError):
     """Raised for one row that cannot be used; the reader counts and lists such rows."""
 
 
-def role_of(turn: Mapping[str, Any]) -> Any:
+def role_of(turn: Mapping[str, object]) -> Any:
     """Return the value under the key that holds the role."""
     return turn.get("role") if turn.get("role") is not None else turn.get("from")
 
 
-def is_call(turn: Any) -> bool:
+def is_call(turn: object) -> bool:
     """Return whether a message is a tool call by its role, as ShareGPT and ms-swift write one."""
     named = role_of(turn) if isinstance(turn, dict) else None
     return isinstance(named, str) and named.strip().lower() in CALL_ROLES
@@ -108,16 +108,16 @@ def joined_calls(turns: Sequence[Any]) -> list[Any]:
     return joined
 
 
-def _calls_of(turn: Mapping[str, Any]) -> list[Any]:
+def _calls_of(turn: Mapping[str, object]) -> list[Any]:
     calls = parsed(content_of(turn), "a tool call")
     return calls if isinstance(calls, list) else [calls]
 
 
-def content_of(turn: Mapping[str, Any]) -> Any:
+def content_of(turn: Mapping[str, object]) -> Any:
     return next((turn[key] for key in _CONTENT_KEYS if turn.get(key) is not None), None)
 
 
-def split_results(turn: Any) -> list[Any]:
+def split_results(turn: Any) -> list[object]:
     """Split a user message with tool results into one message for each result.
 
     The remaining parts follow as a user message.
@@ -138,7 +138,7 @@ def split_results(turn: Any) -> list[Any]:
     return [*split, *([{**turn, "content": rest}] if rest else [])]
 
 
-def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
+def read_message(turn: object, number: int) -> tuple[Message, float | None]:
     """Return a message in the form that chat templates take, and its loss weight if it has one.
 
     number: the position of the message in its row, from 1, for error messages.
@@ -190,7 +190,7 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     return message, _weight(turn, place)
 
 
-def _content_and_calls(turn: Mapping[str, Any], role: str) -> tuple[Any, Any]:
+def _content_and_calls(turn: Mapping[str, object], role: str) -> tuple[object, object]:
     """Return the content and the tool calls of a message, both as they are written there."""
     content, calls = content_of(turn), turn.get("tool_calls")
     if is_call(turn):
@@ -209,7 +209,7 @@ _READ_OF_A_MESSAGE = frozenset(
 )
 
 
-def _refuse_other_parts(turn: Mapping[str, Any], place: str) -> None:
+def _refuse_other_parts(turn: Mapping[str, object], place: str) -> None:
     for keys, meaning in (
         (MEDIA_KEYS, "only text can be trained on"),
         (TRAINED_PARTS_KEYS, "what it says of what is learned is not known here"),
@@ -219,7 +219,7 @@ def _refuse_other_parts(turn: Mapping[str, Any], place: str) -> None:
             raise RowError(f"{place} has '{key}', and {meaning}")
 
 
-def _result_text(content: Any) -> Any:
+def _result_text(content: object) -> object:
     """Return the result of a tool as text.
 
     Values other than a text or a list of texts become JSON.
@@ -238,11 +238,11 @@ def _result_text(content: Any) -> Any:
     )
 
 
-def _is_text(part: Mapping[str, Any]) -> bool:
+def _is_text(part: Mapping[str, object]) -> bool:
     return isinstance(part.get("text"), str) or isinstance(part.get("value"), str)
 
 
-def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[Any], list[Any]]:
+def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[object], list[Any]]:
     """Split a content that is a list of typed parts into (texts, reasoning, tool calls)."""
     texts, thoughts, calls = [], [], []
     for part in parts:
@@ -265,7 +265,7 @@ def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[Any
     return texts, thoughts, calls
 
 
-def text_of(content: Any, place: str) -> str:
+def text_of(content: object, place: str) -> str:
     """Return a text, or a list of texts joined into one.
 
     Raises RowError for anything else.
@@ -289,7 +289,7 @@ def text_of(content: Any, place: str) -> str:
     return "".join(parts)
 
 
-def _weight(turn: Mapping[str, Any], place: str) -> float | None:
+def _weight(turn: Mapping[str, object], place: str) -> float | None:
     """Return the loss weight of a message; None if it has none.
 
     Raises RowError if the value is not a valid weight.
@@ -315,7 +315,7 @@ def _weight(turn: Mapping[str, Any], place: str) -> float | None:
     return float(value)
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
+def read_tools(value: object) -> list[dict[str, object]] | None:
     """Return the tool definitions of a row unchanged, without keys that are None.
 
     Raises RowError if they are not a list of objects.
@@ -331,7 +331,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     return [without_none(tool) for tool in tools]
 
 
-def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+def _tool_calls(value: object, place: str) -> list[dict[str, object]]:
     calls = parsed(value, f"the tool calls of {place}")
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -339,7 +339,7 @@ def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
     return [_tool_call(without_none(call), place) for call in calls]
 
 
-def _tool_call(call: dict[str, Any], place: str) -> dict[str, Any]:
+def _tool_call(call: dict[str, object], place: str) -> dict[str, Any]:
     """Return a tool call with its arguments under "arguments".
 
     Some data names them parameters, input or args.
@@ -354,7 +354,7 @@ def _tool_call(call: dict[str, Any], place: str) -> dict[str, Any]:
     return named if function is call else {**call, "function": named}
 
 
-def parsed(value: Any, what: str | None = None) -> Any:
+def parsed(value: object, what: str | None = None) -> Any:
     """Parse a list or an object that is given as JSON text or as a Python literal.
 
     what: the name of a value that must be a list or an object. Raises RowError if it is neither;
@@ -374,7 +374,7 @@ def parsed(value: Any, what: str | None = None) -> Any:
         raise RowError(f"{what}: broken JSON, {error}") from None
 
 
-def _python_literal(text: str) -> Any:
+def _python_literal(text: str) -> object:
     """Parse [{'role': 'user', ...}], which pandas writes for a list in csv; None for other text."""
     if not text.lstrip().startswith(("[{", "[[", "{")):
         return None
@@ -384,13 +384,13 @@ def _python_literal(text: str) -> Any:
         return None
 
 
-def without_none(value: Any) -> Any:
+def without_none(value: object) -> Any:
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     if value is None:
         return "empty"
     names = {

@@ -49,7 +49,7 @@ _NOT_DECODED = re.compile("[\udc80-\udcff]")
 _OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
-def fault_of_encoding(value: Any) -> str | None:
+def fault_of_encoding(value: object) -> str | None:
     """Return why a string anywhere in a row is not UTF-8; None where all strings are."""
     pending = [value]
     while pending:

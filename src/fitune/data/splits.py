@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -191,7 +191,7 @@ def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
     return {name: tuple(files) for name, files in found.items()} or None
 
 
-def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
+def _configs(card: Path) -> Iterator[Mapping[str, object]]:
     """Yield the entries of `configs` in the front matter of a data set's README.md."""
     try:
         head = re.match(
@@ -204,7 +204,7 @@ def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
     yield from (config for config in configs or () if isinstance(config, dict))
 
 
-def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
+def _patterns(config: Mapping[str, object]) -> dict[str, list[str]]:
     """Return the file patterns of each split from any form of `data_files`."""
     files, directory = config.get("data_files"), config.get("data_dir")
     entries = files.items() if isinstance(files, dict) else [("train", files)]

@@ -54,7 +54,7 @@ class _TookTooLong(BaseException):
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> object:
         if isinstance(left, int) and isinstance(right, int):
             bits = (
                 left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length()
@@ -161,7 +161,7 @@ def check_size(text: str, num_chars: int) -> None:
 
 
 @lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
+def _compiled(template: str) -> object:
     with patch.object(chat_template_utils, "ImmutableSandboxedEnvironment", _Sandbox):
         compile_template = cast(
             Callable[[str], Any], chat_template_utils._cached_compile_jinja_template

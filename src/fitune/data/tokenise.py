@@ -253,7 +253,7 @@ def _suggestion(encoder: Encoder, chat: Conversation) -> str:
 
 
 def _encoded(
-    encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any
+    encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: object
 ) -> Encoded:
     """Return the ids with the supervised ranges that the mask selects.
 

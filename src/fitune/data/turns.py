@@ -104,7 +104,7 @@ class TurnFinder(TemplateHabits):
     """Finds the turns of the assistant in what one template makes of conversations."""
 
     #: by shape; None if the messages' texts decide what the template writes
-    skeletons: dict[Any, _Skeleton | None] = field(default_factory=dict)
+    skeletons: dict[object, _Skeleton | None] = field(default_factory=dict)
 
     def find(self, chat: Conversation, messages: Sequence[Message], text: str) -> Turns:
         """Return the turns in `text`, which the template makes of `messages`.
@@ -120,7 +120,7 @@ class TurnFinder(TemplateHabits):
         return self._find_with_marks(chat, messages, text)
 
     def _skeleton(
-        self, shape: Any, chat: Conversation, messages: Sequence[Message]
+        self, shape: object, chat: Conversation, messages: Sequence[Message]
     ) -> _Skeleton | None:
         """Return the skeleton of a shape; None if it has none or is seen for the first time.
 

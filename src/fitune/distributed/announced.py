@@ -15,7 +15,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 )
 
 #: (kind, tensor, collective) -> the result of the collective, which runs once all processes agree
-Announce = Callable[[str, Tensor, Callable[[], object]], Any]
+Announce = Callable[[str, Tensor, Callable[[], object]], object]
 
 
 class AnnouncedGather(DefaultAllGather):

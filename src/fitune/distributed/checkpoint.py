@@ -11,7 +11,7 @@ it fails in all. A different number of processes can read the files.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,7 +39,7 @@ class ShardedTensors:
     shards: Shards
     #: by name in the checkpoint
     tensors: Mapping[str, torch.Tensor]
-    optimizer_scalars: dict[str, Any]
+    optimizer_scalars: dict[str, object]
 
     @property
     def num_bytes(self) -> int:

@@ -44,7 +44,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self._group: Any = None
+        self._group: object = None
         self._bucket: Tensor | None = None
         self._known_error: BaseException | None = None
         self.is_broken = False
@@ -176,10 +176,10 @@ class Ranks:
                 "versions and number of threads, and go on from the last checkpoint with --resume"
             )
 
-    def _gather(self, entry: Any) -> list[Any]:
+    def _gather(self, entry: object) -> list[Any]:
         from torch import distributed
 
-        entries: list[Any] = [None] * self.size
+        entries: list[object] = [None] * self.size
         try:
             distributed.all_gather_object(entries, entry)
         except RuntimeError as error:

@@ -77,7 +77,7 @@ class Shards:
     """A sharded model and what its processes do together; made by `shard_model`."""
 
     def __init__(
-        self, model: nn.Module, peers: ShardPeers, group: Any, *, idle: MicroBatch
+        self, model: nn.Module, peers: ShardPeers, group: object, *, idle: MicroBatch
     ) -> None:
         self.peers, self.idle = peers, idle
         self._model, self._group = cast("FSDPModule", model), group
@@ -157,7 +157,7 @@ class Shards:
             return tensor
         return cast(Tensor, self.collective("whole", tensor, tensor.full_tensor))
 
-    def collective(self, kind: str, tensor: Tensor, action: Callable[[], object]) -> Any:
+    def collective(self, kind: str, tensor: Tensor, action: Callable[[], object]) -> object:
         """Run a collective after all processes have agreed to.
 
         Raises AbortedError where another process failed, and RestartError where one is gone.

@@ -228,7 +228,7 @@ class SafeStep:
         return verdict
 
 
-def _num_rows(batch: Mapping[str, Any]) -> int:
+def _num_rows(batch: Mapping[str, object]) -> int:
     """Return the number of samples. Raises UsageError for a batch that has no samples to split."""
     if not isinstance(batch, Mapping):
         raise UsageError(

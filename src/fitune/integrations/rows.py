@@ -70,6 +70,6 @@ def most_different_samples(whole: S, num_targets: Callable[[S], float]) -> tuple
     return both, first, second
 
 
-def without_targets(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def without_targets(tensors: Mapping[str, Any]) -> dict[str, object]:
     """Return the same tensors with every label replaced by -100, which no loss counts."""
     return {**tensors, "labels": torch.full_like(tensors["labels"], -100)}

@@ -60,7 +60,7 @@ class _NoUpdate(torch.optim.Optimizer):
     def __init__(self, model: nn.Module) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], {})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
         pass
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -89,7 +89,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
     def training_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the loss of the whole step after its last micro-batch, and 0 after the others."""
@@ -107,7 +107,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         return self._compute_step(parts, num_items_in_batch)
 
     def _begin(
-        self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
+        self, model: nn.Module, inputs: Mapping[str, object], num_items: Tensor | int | None
     ) -> None:
         """Prepare the first step: check the Trainer, create the optimizer's state, set the verdict.
 
@@ -154,7 +154,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
             )
         self._memory = MemoryModel(planned=1)
 
-    def _check(self, inputs: Mapping[str, Any]) -> Verdict:
+    def _check(self, inputs: Mapping[str, object]) -> Verdict:
         """Check on two samples whether the loss may be computed in parts.
 
         Takes the two samples that differ most in their number of targets.
@@ -206,7 +206,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         self.safe_result = result
         return torch.tensor(result.step.loss, device=self.args.device)
 
-    def _forward_and_backward(self, part: _Part, num_items: Any) -> Tensor:
+    def _forward_and_backward(self, part: _Part, num_items: object) -> Tensor:
         """Run the Trainer's own `training_step` on these samples, and return its loss.
 
         The gradients are in `.grad` afterwards; the returned loss has no graph.
@@ -225,7 +225,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
 class _LoggedMetrics:
     """A copy of the metrics that TRL collects in each forward for its log."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: object) -> None:
         self._trainer = trainer
         names = ("_metrics", "_total_train_tokens")
         self._saved = {
@@ -236,7 +236,7 @@ class _LoggedMetrics:
         vars(self._trainer).update(copy.deepcopy(self._saved))
 
 
-def _num_rows(inputs: Mapping[str, Any]) -> int:
+def _num_rows(inputs: Mapping[str, object]) -> int:
     """Return the number of samples: 1 if the tensors have no common first dimension.
 
     They have none where samples are packed into one row.

@@ -150,7 +150,11 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **objects: object,
     ) -> None:
         if not self._is_open:
             return
@@ -162,8 +166,8 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **objects: Any,
+        logs: dict[str, object] | None = None,
+        **objects: object,
     ) -> None:
         if not self._is_open or logs is None:
             return
@@ -173,7 +177,11 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             self._log_step(state, logs)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **objects: object,
     ) -> None:
         if not self._is_open:
             return

@@ -180,7 +180,7 @@ def _shadow(trainer: Trainer, *, to_meta: bool) -> Trainer:
     The copy has its own model, counters and bookkeeping, so that its steps leave the trainer as
     it is.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     model = copy_model(trainer.model, memo, to_meta=to_meta)
     shadow: Trainer = copy.copy(trainer)
     shadow.train_dataset = shadow.eval_dataset = None
@@ -210,14 +210,18 @@ class _NoFlow(DefaultFlowCallback):  # type: ignore[misc]
     """
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **unused: object,
     ) -> TrainerControl:
         return control
 
     on_epoch_end = on_step_end
 
 
-def copy_model(model: nn.Module, memo: dict[int, Any], *, to_meta: bool) -> nn.Module:
+def copy_model(model: nn.Module, memo: dict[int, object], *, to_meta: bool) -> nn.Module:
     """Return a deep copy of the model.
 
     Tensors and modules that the model shares are shared in the copy too, also where a function
@@ -249,7 +253,7 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return empty
 
 
-def _rebound(function: Any, memo: dict[int, Any]) -> types.FunctionType | None:
+def _rebound(function: Any, memo: dict[int, object]) -> types.FunctionType | None:
     """Return the function with its closure over the copies of the modules.
 
     Returns None where the function closes over no module.
@@ -273,7 +277,7 @@ def _rebound(function: Any, memo: dict[int, Any]) -> types.FunctionType | None:
     return made
 
 
-def _owner(value: Any) -> Any:
+def _owner(value: object) -> object:
     return value.__self__ if isinstance(value, types.MethodType) else None
 
 
@@ -325,7 +329,7 @@ def _set_up(shadow: Trainer, trainer: Trainer, batch: HeaviestBatch, *, model: n
 
 @dataclass(frozen=True)
 class _Loader:
-    batches: Callable[[], Iterator[dict[str, Any]]]
+    batches: Callable[[], Iterator[dict[str, object]]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.batches()

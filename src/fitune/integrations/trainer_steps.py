@@ -11,7 +11,6 @@ callback sees it only after clipping.
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,9 @@ class StepReader:
         taken, self._eval_targets = int(self._eval_targets), 0
         return taken
 
-    def _see(self, model: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    def _see(
+        self, model: nn.Module, arguments: tuple[object, ...], inputs: dict[str, object]
+    ) -> None:
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if not isinstance(ids, Tensor):
             return

@@ -2,7 +2,6 @@
 
 import inspect
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -17,7 +16,7 @@ _STEP_PARAMETERS = {
 }  # fmt: skip
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: object) -> None:
     """Raise UsageError for an object that is no Trainer, or a Trainer of an unsupported version."""
     if not isinstance(trainer, transformers.Trainer):
         raise UsageError(

@@ -7,7 +7,6 @@ is replaced by its Python escape (`\\x1b`, `\\u202e`).
 
 import json
 import re
-from typing import Any
 
 _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
 _DIRECTION = r"\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
@@ -26,7 +25,7 @@ def printable_line(text: str) -> str:
     return _HOSTILE_IN_LINE.sub(_escaped, text)
 
 
-def json_text(content: Any, *, indent: int | None = None) -> str:
+def json_text(content: object, *, indent: int | None = None) -> str:
     """Format data as JSON, with unsafe characters as JSON escapes.
 
     Raises ValueError for a number that is not finite.

@@ -122,7 +122,7 @@ def _free_disk_bytes(output: Path) -> int | None:
         return None
 
 
-def _card(device: Device) -> dict[str, Any]:
+def _card(device: Device) -> dict[str, object]:
     return {
         "name": device.name,
         "box_bytes": device.box_bytes,

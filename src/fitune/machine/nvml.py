@@ -105,7 +105,7 @@ def card_reader(uuid: str, index: int) -> Iterator[Callable[[], CardState] | Non
         yield None if nvml is None or handle is None else lambda: read_card(nvml, handle)
 
 
-def ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
+def ask(nvml: ModuleType, function: str, *arguments: object) -> Any:
     """Return what a function of NVML returns, or None if card, driver or library lack it."""
     try:
         return getattr(nvml, function)(*arguments)
@@ -113,7 +113,7 @@ def ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
         return None
 
 
-def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[Any]:
+def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[object]:
     """Return the handles of the cards that CUDA_VISIBLE_DEVICES selects, in its order.
 
     The variable lists numbers or (prefixes of) UUIDs, and ends at the first invalid entry; if it
@@ -126,7 +126,7 @@ def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[An
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [_first_instance(nvml, handle) for handle in handles if handle is not None]
-    chosen: list[Any] = []
+    chosen: list[object] = []
     entries = [part.strip() for part in visible.split(",")]
     if len(set(entries)) < len(entries):
         return []
@@ -145,11 +145,11 @@ def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[An
     return chosen
 
 
-def read_name(nvml: ModuleType, handle: Any) -> str | None:
+def read_name(nvml: ModuleType, handle: object) -> str | None:
     return _text(ask(nvml, "nvmlDeviceGetName", handle))
 
 
-def read_uuid(nvml: ModuleType, handle: Any) -> str | None:
+def read_uuid(nvml: ModuleType, handle: object) -> str | None:
     return _text(ask(nvml, "nvmlDeviceGetUUID", handle))
 
 
@@ -181,7 +181,7 @@ def read_card(nvml: ModuleType, handle: Any) -> CardState:
     )
 
 
-def _first_instance(nvml: ModuleType, handle: Any) -> Any:
+def _first_instance(nvml: ModuleType, handle: Any) -> object:
     mode = ask(nvml, "nvmlDeviceGetMigMode", handle)  # (now, after a restart); 1: divided
     if not mode or mode[0] != 1:
         return handle
@@ -200,7 +200,7 @@ def _processes(nvml: ModuleType, handle: Any) -> tuple[CardProcess, ...]:
     return tuple(CardProcess(pid, size) for pid, size in used.items())
 
 
-def _throttled(nvml: ModuleType, handle: Any) -> str | None:
+def _throttled(nvml: ModuleType, handle: object) -> str | None:
     bits = ask(nvml, "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if bits is None:
         # the function's name in drivers before 535

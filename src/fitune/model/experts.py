@@ -30,7 +30,7 @@ class _Autocast:
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         value = getattr(self._module, name)
         return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
 
@@ -64,10 +64,10 @@ def grouped_experts(
 class _Packed:
     """An experts module whose packed weights appear as `_PackedWeight`."""
 
-    def __init__(self, experts: Any, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, experts: object, module: nn.Module, dtype: torch.dtype) -> None:
         self._experts, self._packed, self._dtype = experts, module._modules, dtype
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         packed = self._packed.get(name) if name in STACKED else None
         return (
             getattr(self._experts, name) if packed is None else _PackedWeight(packed, self._dtype)

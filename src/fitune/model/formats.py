@@ -6,14 +6,13 @@ in layers without gradients and with other sizes than a plan assumes, so they ar
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from transformers import FineGrainedFP8Config, Mxfp4Config, PretrainedConfig
 
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
 
-_UNPACKED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+_UNPACKED: dict[str, Callable[..., object]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
 def weights_format(config: PretrainedConfig) -> str | None:
@@ -24,7 +23,7 @@ def weights_format(config: PretrainedConfig) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def unpacking(config: PretrainedConfig) -> Any:
+def unpacking(config: PretrainedConfig) -> object:
     """Return the configuration that makes transformers unpack the weights; None if not needed."""
     stored = weights_format(config)
     if stored not in _UNPACKED:
@@ -47,6 +46,6 @@ def check_format(config: PretrainedConfig, model: ModelConfig) -> None:
         )
 
 
-def _stored(config: PretrainedConfig) -> dict[str, Any]:
+def _stored(config: PretrainedConfig) -> dict[str, object]:
     stored = getattr(config, "quantization_config", None) or {}
     return dict(stored if isinstance(stored, Mapping) else stored.to_dict())

@@ -26,7 +26,7 @@ def fuse_layers(model: nn.Module) -> None:
     RMS norms become torch's fused kernel, rotary embeddings one kernel for query and key together,
     and linear layers and attention are replaced as `fused_linear` and `fused_attention` describe.
     """
-    forwards: dict[object, Callable[..., Any] | None] = {}
+    forwards: dict[object, Callable[..., object] | None] = {}
     for module in model.modules():
         eps = _eps_of_rms_norm(module)
         key = type(module), eps
@@ -61,7 +61,7 @@ def _eps_of_rms_norm(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
+def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., object] | None:
     """Return a forward with torch's kernel.
 
     Returns None if the module's own forward computes something else on random numbers.
@@ -101,7 +101,7 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
+def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., object] | None:
     """Return the layer's own forward, which calls `_FusedRotary` in place of that function.
 
     Returns None if the layer's function computes something else.
@@ -115,7 +115,9 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
     ):
         return None
 
-    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
+    def rotary(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any
+    ) -> object:
         if rest or options or not _is_whole(q, k, cos) or kernels.compute_capability(q) is None:
             return own(q, k, cos, sin, *rest, **options)
         # Under autocast attention would cast the result, so it is computed in that dtype.

@@ -61,7 +61,7 @@ def fuse_attention(model: nn.Module) -> None:
             module.forward = MethodType(_forward_after(own), module)
 
 
-def _forward_after(own: Callable[..., Any]) -> Callable[..., Any]:
+def _forward_after(own: Callable[..., object]) -> Callable[..., object]:
     """Return a forward that calls `own` wherever the fused function does not apply."""
 
     def forward(
@@ -69,10 +69,10 @@ def _forward_after(own: Callable[..., Any]) -> Callable[..., Any]:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: object = None,
         row_boundaries: kernels.RowBoundaries | None = None,
-        **more: Any,
-    ) -> Any:
+        **more: object,
+    ) -> object:
         fused: _Fused = self.fused
         dtype = _dtype_of(fused, hidden_states, row_boundaries)
         if dtype is None or past_key_values is not None or position_embeddings is None:
@@ -188,7 +188,7 @@ def _asked_by(module: nn.Module) -> _Asked | None:
     probe._modules = {name: _linear(each) for name, each in zip(_LINEAR, weights, strict=True)}
     calls: list[tuple[Sequence[Tensor], dict[str, Any]]] = []
 
-    def attend(_: Any, *parts: Tensor, **options: Any) -> tuple[Tensor, None]:
+    def attend(_: object, *parts: Tensor, **options: object) -> tuple[Tensor, None]:
         calls.append((parts[:3], options | {"mask": parts[3:]}))
         return attended, None
 

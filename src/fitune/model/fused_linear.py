@@ -25,7 +25,7 @@ ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 def fuse_linear_layers(model: nn.Module) -> None:
     """Replace the forwards of linear layers and gated MLPs, in place."""
-    mlps: dict[type[nn.Module], Callable[..., Any] | None] = {}
+    mlps: dict[type[nn.Module], Callable[..., object] | None] = {}
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
@@ -202,7 +202,7 @@ def cast_weights_before_all_layers(model: nn.Module) -> None:
     for each in casts:
         each.remove_hooks()
 
-    def forget(*_: Any) -> None:
+    def forget(*_: object) -> None:
         for each in casts:
             each.forget()
 
@@ -320,8 +320,8 @@ def _float32_product(first: Tensor, second: Tensor) -> Tensor:
 
 
 def cast_input(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[Any, ...], dict[str, object]]:
     """Cast the input of a module under autocast, as a forward pre-hook.
 
     Otherwise each linear layer would cast it separately, and each cast would cast its gradient
@@ -340,7 +340,7 @@ def cast_input(
 # ---- gated MLPs ----------------------------------------------------------------------------------
 
 
-def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
+def _fused_mlp_of(module: nn.Module) -> Callable[..., object] | None:
     """Return a forward with one matrix product for gate and up, None if it does not fit.
 
     On random numbers the module's own forward must compute down(silu(gate) * up).

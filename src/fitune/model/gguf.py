@@ -35,8 +35,8 @@ _EXPERT_PARTS = ("gate", "up", "down")
 
 
 def read_gguf(
-    config: PretrainedConfig, dtype: torch.dtype, **location: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    config: PretrainedConfig, dtype: torch.dtype, **location: object
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Return the dequantised tensors, named as in transformers, and its loading report.
 
     The report has missing_keys and the other keys of transformers' loading info. A tensor that the
@@ -206,7 +206,7 @@ def _array_reader(path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _names(arch: Any, num_layers: int) -> Any:
+def _names(arch: object, num_layers: int) -> object:
     from gguf.tensor_mapping import get_tensor_name_map
 
     return get_tensor_name_map(arch, num_layers)

@@ -5,7 +5,7 @@ A loss can then compute logits only for the tokens that need them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -85,7 +85,7 @@ def decoder_and_head(model: nn.Module) -> Head | str:
     return f"{type(whole).__name__} computes its logits in a way that fitune does not know"
 
 
-def _scale(config: Any) -> float:
+def _scale(config: object) -> float:
     """Return the factor of the logits: Cohere and Falcon-H1 multiply them, Granite divides them."""
     factor = (
         getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0

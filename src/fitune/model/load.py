@@ -155,7 +155,7 @@ def build_model(
         if not meta:
             torch.default_generator.manual_seed(seed)
         own = own_class(config) if trust_remote_code else None
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "dtype": dtype if meta else torch.float32,
             "attn_implementation": attention,
         }
@@ -247,7 +247,7 @@ def load_weights(
     kind = source_kind(model.source)
     assert kind != "preset", "a preset has no weights"
     name, files = _location(model.source, kind)
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    options: dict[str, object] = {"config": config, "dtype": dtype, "output_loading_info": True}
     options |= {
         "attn_implementation": attention,
         "experts_implementation": EXPERTS,
@@ -298,7 +298,7 @@ def load_weights(
 
 
 def _without_format(
-    built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]
+    built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, object]
 ) -> PreTrainedModel:
     """Return a plain model with the tensors of one that transformers unpacked.
 
@@ -373,7 +373,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
 
 
-def _location(source: str, kind: Kind) -> tuple[str, dict[str, Any]]:
+def _location(source: str, kind: Kind) -> tuple[str, dict[str, object]]:
     """Return the name that transformers takes, and the arguments that keep a local path local."""
     if kind == "hub":
         return source, {} if hub_is_known() else {"local_files_only": True}

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -160,7 +160,7 @@ def _check_adapters(directory: Path) -> None:
         )
 
 
-def _is_default(key: str, value: Any) -> bool:
+def _is_default(key: str, value: object) -> bool:
     from peft import LoraConfig as PeftLoraConfig
 
     return not value or getattr(PeftLoraConfig(), key, None) == value

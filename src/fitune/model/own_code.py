@@ -54,7 +54,7 @@ def own_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
         ) from error
 
 
-def named_code(*contents: Mapping[str, Any]) -> list[str]:
+def named_code(*contents: Mapping[str, object]) -> list[str]:
     """Return the classes of a model's own code that these JSON files name."""
     found: dict[str, None] = {}
     for content in contents:

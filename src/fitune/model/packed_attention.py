@@ -20,7 +20,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -196,7 +196,7 @@ def rows_attention(
     position_bias: torch.Tensor | None = None,
     row_boundaries: RowBoundaries | None = None,
     backend: SDPBackend | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention through transformers' interface; return [B, S, H, D] and None.
 
@@ -365,7 +365,7 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _register(attend: Callable[..., Any]) -> None:
+def _register(attend: Callable[..., object]) -> None:
     """Register an attention function under each of fitune's names.
 
     No mask function is registered for these names, so transformers builds no mask: this attention
@@ -392,7 +392,7 @@ def prepare_for_compilation() -> None:
 
 
 def _attention_in_compiled_layer(
-    uncompiled: Callable[..., Any],
+    uncompiled: Callable[..., object],
     varlen: Callable[..., torch.Tensor],
     module: nn.Module,
     query_BHSD: torch.Tensor,
@@ -404,7 +404,7 @@ def _attention_in_compiled_layer(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     row_boundaries: RowBoundaries | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[torch.Tensor, None]:
     """Compute `rows_attention` inside a compiled layer, or call it uncompiled.
 

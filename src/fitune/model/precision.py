@@ -30,7 +30,7 @@ class Precision:
         """Return the dtype of matrix products, and so of activations between layers."""
         return self.autocast_dtype or self.parameter_dtype
 
-    def autocast(self, device_type: str) -> AbstractContextManager[Any]:
+    def autocast(self, device_type: str) -> AbstractContextManager[object]:
         """Return the context of the forward pass; it does nothing without an autocast dtype."""
         enabled = self.autocast_dtype is not None
         return cast(

@@ -20,7 +20,7 @@ from fitune.errors import ModelError
 
 _aten = torch.ops.aten
 # Matrix products and attention are nearly all of a layer's arithmetic; the rest is cheap to repeat.
-_EXPENSIVE: set[Any] = {
+_EXPENSIVE: set[object] = {
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -91,8 +91,8 @@ def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def _with_inputs_on_host(
-    again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
-) -> Any:
+    again: Callable[..., object], function: Callable[..., object], *args: object, **options: object
+) -> object:
     """Run a checkpointed layer with its saved inputs on the host.
 
     Inside it, `again` has hooks of its own, so only what it saves itself is moved: no weight.
@@ -101,7 +101,9 @@ def _with_inputs_on_host(
         return again(function, *args, **options)
 
 
-def _policy(_: Any, operator: Any, *args: Any, names: set[str], **options: Any) -> CheckpointPolicy:
+def _policy(
+    _: object, operator: object, *args: object, names: set[str], **options: object
+) -> CheckpointPolicy:
     if (
         operator in _EXPENSIVE
         or str(operator).removesuffix(".default").replace(".", "::", 1) in names

@@ -30,7 +30,7 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
         yield heads
         return
 
-    def join(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
+    def join(_: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
         if len(heads) > 1 or not args:
             return None
         embedded, weight_VD = _Joined.apply(

@@ -98,7 +98,7 @@ def check_weight_index(directory: Path, *, is_complete: bool = True) -> None:
         return
 
 
-def _steps(value: Any) -> Iterator[dict[str, Any]]:
+def _steps(value: object) -> Iterator[dict[str, object]]:
     """Yield each step at any depth of nested lists."""
     if isinstance(value, dict):
         yield value
@@ -107,7 +107,7 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(inner)
 
 
-def _growth(step: dict[str, Any]) -> float:
+def _growth(step: dict[str, object]) -> float:
     """Return the most characters, or tokens, that this step makes of one."""
     kind = step["type"]
     if kind == "Replace":
@@ -125,7 +125,7 @@ def _growth(step: dict[str, Any]) -> float:
     )
 
 
-def _replacement_growth(pattern: Any, content: Any) -> float:
+def _replacement_growth(pattern: object, content: object) -> float:
     length = len(content) if isinstance(content, str) else 0
     literal, regex = (
         (pattern.get(key) for key in ("String", "Regex"))

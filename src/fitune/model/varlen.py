@@ -44,7 +44,7 @@ def attend_packed(
     if kernels() is not None:
         return cast(Tensor, _Attend.apply(query_THD, key_TGD, value_TGD, samples))  # type: ignore[no-untyped-call]
     accepted = _parameters(varlen_attn())
-    options: dict[str, Any] = {"scale": samples.scale}
+    options: dict[str, object] = {"scale": samples.scale}
     if "enable_gqa" in accepted:
         options["enable_gqa"] = query_THD.shape[1] != key_TGD.shape[1]
     else:
@@ -67,8 +67,8 @@ def attend_packed(
 class VarlenKernels(NamedTuple):
     """torch's two operators for packed samples, as decorated Python functions."""
 
-    forward: Any
-    backward: Any
+    forward: object
+    backward: object
 
     def attend(
         self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: PackedSamples
@@ -122,7 +122,7 @@ class _Attend(torch.autograd.Function):
         return *found, None
 
 
-def _called(operator: Any) -> Callable[..., Any]:
+def _called(operator: Any) -> Callable[..., object]:
     """Return what is called for an operator: the function it consists of, unless it is watched."""
     is_watched = torch._C._len_torch_dispatch_stack() > 0
     return cast(Callable[..., Any], operator if is_watched else operator._init_fn)
@@ -159,7 +159,7 @@ def varlen_attn() -> Callable[..., Any]:
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> list[str]:
+def _parameters(function: Callable[..., object]) -> list[str]:
     """Return the names of its parameters, which differ between torch's versions.
 
     is_causal came in 2.10, window_size and enable_gqa later.

@@ -288,7 +288,7 @@ def _supervised_hidden(head: Head, micro_batch: MicroBatch) -> Tensor:
     return cast(Tensor, hidden_BSD.flatten(0, 1).index_select(0, micro_batch.target_index_N))
 
 
-def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
+def _inputs(micro_batch: MicroBatch) -> dict[str, object]:
     """Return the arguments of the model's forward, without an attention mask.
 
     Packed samples have boundaries instead, and causal attention never sees padding on the right.

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from fitune.planning.cache import read_cached, write_cached
 from fitune.planning.plan import Plan
@@ -17,7 +16,7 @@ _FEWEST_STEPS = 5
 
 def calibration_factor(device: str, model: str) -> float | None:
     """Return measured / predicted time of the model's last run on the device; None without one."""
-    found: Any = read_cached("calibration", [device, model])
+    found: object = read_cached("calibration", [device, model])
     return float(found) if isinstance(found, int | float) and 1 / _MOST <= found <= _MOST else None
 
 

@@ -1,7 +1,6 @@
 """Turns the results of a search into the parts of a plan, and settings into text."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from fitune.planning.choices import Choice
 from fitune.planning.forecast import Forecast, Forecaster
@@ -81,7 +80,7 @@ def other_estimates_of(
 
 def planned_data(
     lengths: Lengths, *, max_length: int, rows_per_step: int, num_gpus: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what a plan shows of the data: lengths and numbers of the samples.
 
     rows_per_step: of all cards together.

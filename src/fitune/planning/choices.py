@@ -8,7 +8,7 @@ proposed but never chosen. Settings that the configuration forces are not varied
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fitune.config import (
     BatchConfig,
@@ -174,7 +174,7 @@ def apply_choice(config: RunConfig, choice: Choice) -> RunConfig:
     A chunked loss that is not forced remains `auto`, because a model without a separate head then
     computes full logits.
     """
-    model: dict[str, Any] = {"recompute": choice.recompute}
+    model: dict[str, object] = {"recompute": choice.recompute}
     if choice.method is not None:
         model["method"] = choice.method
     if choice.precision is not None:

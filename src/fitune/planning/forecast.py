@@ -101,7 +101,7 @@ class Forecaster:
         ]
         self.known: dict[str, Any] = read_cached("plans", self._key) or {}
         self._num_read = len(self.known)
-        self._recordings: Any = None
+        self._recordings: object = None
         self._program_bytes = psutil.Process().memory_info().rss
 
     def forecast(self, choice: Choice) -> Forecast:
@@ -128,7 +128,7 @@ class Forecaster:
     def knows(self, choice: Choice) -> bool:
         return f"{choice}" in self.known or f"{choice} {self.limits.limit_bytes}" in self.known
 
-    def learn(self, known: Mapping[str, Any]) -> None:
+    def learn(self, known: Mapping[str, object]) -> None:
         """Add the results of another process, for the same configuration and device."""
         self.known = {**known, **self.known}
 

@@ -170,7 +170,7 @@ class Plan(HtmlDisplay):
         )
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan) -> dict[str, object]:
     return asdict(plan)
 
 

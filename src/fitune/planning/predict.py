@@ -7,7 +7,7 @@ the memory that the process holds outside of PyTorch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -39,7 +39,7 @@ from fitune.trace.own_step import Pass, RecordedStep, longest_rows, steady_passe
 from fitune.trace.sharded import sharded
 from fitune.units import format_bytes
 
-ConfigSource = RunConfig | Mapping[str, Any] | Path | str
+ConfigSource = RunConfig | Mapping[str, object] | Path | str
 #: of a recorded step; samples are laid out one by one, which takes minutes from here on
 MOST_TOKENS = 2**25
 #: assumed for a card whose compute capability is unknown

@@ -263,7 +263,7 @@ def record_command(
 _DIRECTORY = Path(__file__).parent.parent
 
 
-def _target(device: Device) -> dict[str, Any]:
+def _target(device: Device) -> dict[str, object]:
     return {
         "compute_capability": device.compute_capability or (8, 0),
         "name": device.name,

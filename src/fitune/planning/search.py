@@ -249,7 +249,7 @@ class _Search:
                 if choice in self.looked_at:  # otherwise it was refused
                     self.pricer.seconds(choice)
 
-        def look_in_copy(choices: list[Choice]) -> dict[str, Any]:
+        def look_in_copy(choices: list[Choice]) -> dict[str, object]:
             self.notify, self.on_first = _ignore, None
             look(choices)
             return self.forecaster.known
@@ -279,7 +279,7 @@ class _Search:
         micro-batch of the first variant fits, only settings whose memory may fit are timed.
         """
         self.skips_hopeless = True
-        waiting: list[tuple[tuple[Any, ...], int, Bound | None]] = []
+        waiting: list[tuple[tuple[object, ...], int, Bound | None]] = []
         choices = [*self.choices, *self.on_host]
         self.fits(self.choices[0])
         is_tight = self.is_hopeless(self.choices[0])

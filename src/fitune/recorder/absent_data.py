@@ -52,14 +52,14 @@ def absent_data(note: Note) -> Iterator[None]:
         yield
 
 
-class AbsentRow(dict[str, Any]):
+class AbsentRow(dict[str, object]):
     """A sample of a file that is not here; each key has a value that fits its name."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self._source = source
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> object:
         if key in _CONVERSATIONS:
             return [
                 {"role": "user", "content": "How long is the longest answer?"},
@@ -72,7 +72,7 @@ class AbsentRow(dict[str, Any]):
             "is not known: put a file with one line of it there"
         )
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         return self[key] if key in _CONVERSATIONS or key in _TEXTS else default
 
     def __reduce__(self) -> Any:
@@ -88,10 +88,10 @@ class AbsentRows(Dataset[AbsentRow]):
     def __len__(self) -> int:
         return _NUM_ROWS
 
-    def __getitem__(self, index: Any) -> AbsentRow:
+    def __getitem__(self, index: object) -> AbsentRow:
         return AbsentRow(self._source)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         raise UsageError(
@@ -100,13 +100,13 @@ class AbsentRows(Dataset[AbsentRow]):
         )
 
 
-class AbsentWeights(dict[str, Any]):
+class AbsentWeights(dict[str, object]):
     """The content of a file of weights that is not here; it fits every model."""
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> object:
         return AbsentWeights()
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         return default
 
 
@@ -116,13 +116,13 @@ def _weights(note: Note) -> Iterator[None]:
     load, load_into_module = torch.load, nn.Module.load_state_dict
     load_into_optimizer = torch.optim.Optimizer.load_state_dict
 
-    def load_or_absent(file: Any, *arguments: Any, **options: Any) -> Any:
+    def load_or_absent(file: Any, *arguments: Any, **options: Any) -> object:
         if isinstance(file, (str, os.PathLike)) and not os.path.exists(file):
             note(f"assumed: {os.fspath(file)}, which is not here, holds weights that fit the model")
             return AbsentWeights()
         return load(file, *arguments, **options)
 
-    def load_module(self: nn.Module, state: Any, *arguments: Any, **options: Any) -> Any:
+    def load_module(self: nn.Module, state: Any, *arguments: Any, **options: Any) -> object:
         if isinstance(state, AbsentWeights):
             return nn.modules.module._IncompatibleKeys([], [])
         return load_into_module(self, state, *arguments, **options)
@@ -145,7 +145,7 @@ def _token_files(note: Note) -> Iterator[None]:
 
     memmap, fromfile = np.memmap, np.fromfile
 
-    def zeros(file: Any, dtype: Any) -> Any:
+    def zeros(file: object, dtype: Any) -> Any:
         if not isinstance(file, (str, os.PathLike)) or os.path.exists(file):
             return None
         note(f"assumed: {os.fspath(file)}, which is not here, holds {_NUM_TOKENS:,} tokens")
@@ -158,7 +158,7 @@ def _token_files(note: Note) -> Iterator[None]:
             absent = zeros(filename, dtype)
             return memmap(filename, dtype, *args, **options) if absent is None else absent
 
-    def from_file(file: Any, dtype: Any = float, *args: Any, **options: Any) -> Any:
+    def from_file(file: Any, dtype: Any = float, *args: Any, **options: Any) -> object:
         absent = zeros(file, dtype)
         return fromfile(file, dtype, *args, **options) if absent is None else absent
 
@@ -166,11 +166,11 @@ def _token_files(note: Note) -> Iterator[None]:
         yield
 
 
-def _datasets(module: Any, note: Note) -> AbstractContextManager[Any]:
+def _datasets(module: Any, note: Note) -> AbstractContextManager[object]:
     """Let load_dataset of the package datasets return samples where the file is not here."""
     load_dataset = module.load_dataset
 
-    def load_or_absent(path: str, *arguments: Any, **options: Any) -> Any:
+    def load_or_absent(path: str, *arguments: object, **options: object) -> object:
         files = options.get("data_files")
         wanted = list(files.values()) if isinstance(files, dict) else files
         names = wanted if isinstance(wanted, list) else [path if wanted is None else wanted]
@@ -192,12 +192,14 @@ def _datasets(module: Any, note: Note) -> AbstractContextManager[Any]:
     return patch.object(module, "load_dataset", load_or_absent)
 
 
-def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[Any]:
+def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[object]:
     """Let a tokenizer remember long texts: samples that are not here are all alike."""
     call = tokenization.PreTrainedTokenizerBase.__call__
-    known: dict[Any, Any] = {}
+    known: dict[object, Any] = {}
 
-    def call_once(self: Any, text: Any = None, *arguments: Any, **options: Any) -> Any:
+    def call_once(
+        self: object, text: object = None, *arguments: object, **options: object
+    ) -> object:
         if not isinstance(text, str) or len(text) < len(LONG_TEXT):
             return call(self, text, *arguments, **options)
         key = (id(self), text, repr(arguments), repr(sorted(options.items())))

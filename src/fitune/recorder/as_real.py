@@ -35,7 +35,7 @@ _read_all = FakeTensor.tolist
 _MOST_READ = 2**12
 #: The functions that some version of safetensors calls to save, with what they return here, where
 #: nothing is saved
-_SAFETENSORS: dict[str, Any] = {
+_SAFETENSORS: dict[str, object] = {
     "_flatten": {},
     "_flatten_as_ptr": {},
     "serialize": b"",
@@ -101,7 +101,7 @@ def states_kept() -> Iterator[None]:
             state.update(before[number] if before else {})
 
 
-def _shared_states(module: Any) -> list[dict[str, Any]]:
+def _shared_states(module: object) -> list[dict[str, object]]:
     names = ("PartialState", "AcceleratorState", "GradientState")
     return [] if module is None else [getattr(module, name)._shared_state for name in names]
 
@@ -110,7 +110,7 @@ def _format(tensor: FakeTensor, spec: str) -> str:
     return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
 
 
-def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> object:
     """Copy as Tensor.__deepcopy__ does; copies of tensors that share memory do not share it."""
     if id(tensor) in memo:
         return memo[id(tensor)]
@@ -130,11 +130,11 @@ def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
     return copied
 
 
-def _on_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+def _on_device(tensor: torch.Tensor, device: object) -> torch.Tensor:
     return tensor.to(device) if isinstance(device, (str, int, torch.device)) else tensor
 
 
-def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
+def _numpy(tensor: FakeTensor, *_: object, **__: object) -> object:
     if tensor.requires_grad:
         raise RuntimeError(
             "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
@@ -154,7 +154,7 @@ def _data_ptr(tensor: FakeTensor) -> int:
     return int(tensor.untyped_storage()._cdata) + int(offset)
 
 
-def _tolist(tensor: FakeTensor) -> Any:
+def _tolist(tensor: FakeTensor) -> object:
     """Return what Tensor.tolist returns; indices that are known need not be read one by one."""
     if (data := data_of(tensor)) is not None:
         with on_host():
@@ -164,7 +164,7 @@ def _tolist(tensor: FakeTensor) -> Any:
     return np.full(tensor.shape, tensor.reshape(-1)[0].item()).tolist()
 
 
-def _saves_nothing(safetensors_torch: Any) -> AbstractContextManager[Any]:
+def _saves_nothing(safetensors_torch: object) -> AbstractContextManager[object]:
     stack = ExitStack()
     for name, saved in _SAFETENSORS.items():
         stack.enter_context(
@@ -173,11 +173,11 @@ def _saves_nothing(safetensors_torch: Any) -> AbstractContextManager[Any]:
     return stack
 
 
-def _save_nothing(saved: Any, *_: Any, **__: Any) -> Any:
+def _save_nothing(saved: object, *_: object, **__: object) -> object:
     return saved
 
 
-def _in_this_process(loader: Any) -> Any:
+def _in_this_process(loader: Any) -> object:
     workers, pins = loader.num_workers, loader.pin_memory
     loader.num_workers, loader.pin_memory = 0, False
     try:

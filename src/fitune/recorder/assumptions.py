@@ -110,7 +110,7 @@ class Assumptions:
         compute_data(func, called, kwargs, result)
         return result, known
 
-    def _special(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _special(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Return the result of an operator that is handled here, or NotImplemented."""
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
@@ -141,7 +141,7 @@ class Assumptions:
 
     # ---- origins ----
 
-    def _note_origin(self, packet: Any, args: tuple[Any, ...], result: Any) -> None:
+    def _note_origin(self, packet: object, args: tuple[Any, ...], result: Any) -> None:
         """Attach to the operator's results what is known about their elements."""
         if packet is aten.topk:
             self._route(result[1], args[0].shape[-1])
@@ -203,7 +203,7 @@ class Assumptions:
             return None if origin is None or origin.mean is None else Origin(1.0 - origin.mean)
         return None
 
-    def _both_true(self, args: tuple[Any, ...]) -> Origin | None:
+    def _both_true(self, args: tuple[object, ...]) -> Origin | None:
         """Return the origin of a product of masks, if both masks are true everywhere."""
         origins = [origin_of(each) for each in args[:2] if isinstance(each, torch.Tensor)]
         means = [None if origin is None or origin.router else origin.mean for origin in origins]
@@ -229,8 +229,8 @@ class Assumptions:
     # ---- answers ----
 
     def _answer(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, text: str
-    ) -> Any:
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: object, text: str
+    ) -> object:
         """Return the true answer if the data is known, else `value`, and note the assumption."""
         if is_known(args, kwargs):
             return run_on_data(func, args, kwargs)
@@ -241,12 +241,12 @@ class Assumptions:
             self.used[f"assumed: {text}"] = None
             return value
 
-    def _scalar(self, func: Any, tensor: torch.Tensor) -> Any:
+    def _scalar(self, func: object, tensor: torch.Tensor) -> object:
         """Return the value of a one-element tensor that the loop reads, as `.item()` does."""
         origin = origin_of(tensor)
         mean = None if origin is None else origin.mean
         if tensor.dtype == torch.bool:
-            value: Any = bool(mean) if mean is not None else False
+            value: object = bool(mean) if mean is not None else False
             router = origin and origin.router
             if value and router and self._routing == "worst":
                 router.unseen, value = router.unseen - 1, router.unseen > 0
@@ -303,9 +303,9 @@ class Assumptions:
             mask.numel() * (1.0 if origin is None or origin.mean is None else origin.mean) - 1e-9
         )
 
-    def _without_masks(self, indices: Any) -> list[Any]:
+    def _without_masks(self, indices: Any) -> list[object]:
         """Return the index list with each mask replaced by the indices that it selects."""
-        out: list[Any] = []
+        out: list[object] = []
         for index in indices:
             if (
                 isinstance(index, torch.Tensor)
@@ -364,12 +364,12 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) 
     return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
 
 
-def _like(data: Any) -> Any:
+def _like(data: object) -> object:
     """Return fake tensors of the same shapes."""
     return tree_map_only(torch.Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), data)
 
 
-def _refuse_meta(func: Any, args: tuple[Any, ...]) -> None:
+def _refuse_meta(func: Any, args: tuple[object, ...]) -> None:
     """Raise DynamicOutputShapeException for a meta tensor whose data the operator needs.
 
     FakeTensorMode raises it for fake tensors; on the meta device each operator raises a different

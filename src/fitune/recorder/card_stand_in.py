@@ -51,10 +51,10 @@ class Placement(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Any,
-        types: Any,
+        types: object,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         if (
             self.default_device is not None
@@ -95,7 +95,7 @@ class Placement(TorchFunctionMode):
     def _is_on_card(self, tensor: Tensor) -> bool:
         return isinstance(tensor, FakeTensor) and not self._recorder.is_on_host(tensor)
 
-    def call_hook(self, hook: Callable[[Any], Any], value: Any) -> Any:
+    def call_hook(self, hook: Callable[[object], object], value: object) -> Any:
         """Call a saved-tensor hook in this mode.
 
         Torch calls these hooks outside of any mode, but they may move a tensor to the host.
@@ -105,7 +105,7 @@ class Placement(TorchFunctionMode):
         with self:
             return hook(value)
 
-    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         device = kwargs.get("device")
         kwargs = {**kwargs, "device": as_cpu(device)} if device is not None else kwargs
         place: Place = "card" if _is_card(device) else "host"
@@ -157,18 +157,18 @@ def _is_of_torch(caller: FrameType) -> bool:
 class _DeviceOfLoop(type):
     """Replaces `torch.device` for a loop: the same type, except that "cpu" makes `HOST`."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: Any, **kwargs: Any) -> object:
         device = _REAL_DEVICE(*args, **kwargs)
         return HOST if device == CARD and not _is_of_torch(sys._getframe(1)) else device
 
-    def __instancecheck__(cls, value: Any) -> bool:
+    def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, _REAL_DEVICE)
 
 
 _REAL_DEVICE = torch.device
 
 
-def _is_card(device: Any) -> bool:
+def _is_card(device: object) -> bool:
     return (
         device is not None
         and device != HOST
@@ -176,7 +176,7 @@ def _is_card(device: Any) -> bool:
     )
 
 
-def as_cpu(value: Any) -> Any:
+def as_cpu(value: object) -> Any:
     """Return `CARD` for any spelling of a CUDA device, and any other value unchanged."""
     if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
@@ -197,10 +197,10 @@ class NoCard(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Any,
-        types: Any,
+        types: object,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
         if func is Tensor.cuda or any(
@@ -235,7 +235,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         def __call__(cls, device: Any = "cpu") -> torch.Generator:
             return generator(as_cpu(device))
 
-        def __instancecheck__(cls, instance: Any) -> bool:
+        def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, generator)
 
     class Generator(metaclass=GeneratorType):
@@ -244,7 +244,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
     def saved_tensors_hooks_init(
-        self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
+        self: Any, pack: Callable[[object], Any], unpack: Callable[[object], Any]
     ) -> None:
         hooks_init(self, partial(placement.call_hook, pack), partial(placement.call_hook, unpack))
 
@@ -280,7 +280,7 @@ def _default_device(placement: Placement) -> Iterator[None]:
     card that is not there.
     """
 
-    def set_default(device: Any) -> None:
+    def set_default(device: object) -> None:
         placement.default_device = device
 
     def get_default() -> torch.device:

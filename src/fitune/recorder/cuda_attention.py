@@ -23,7 +23,7 @@ _16_BIT = (torch.float16, torch.bfloat16)
 
 
 def choose_attention(
-    target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: Any
+    target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: object
 ) -> Kernel:
     """Return the kernel that PyTorch chooses: flash, efficient, cudnn or math.
 
@@ -272,7 +272,7 @@ class MathAttention:
     runs = False
 
 
-def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     mask, dropout, is_causal, scale, enable_gqa = rest
     MathAttention.runs = True
     try:

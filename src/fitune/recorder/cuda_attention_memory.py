@@ -144,7 +144,7 @@ def _rounded_head(head_dim: int) -> int:
     return _ceil_to(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def _cudnn_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
+def _cudnn_forward(target: CudaTarget, args: Sequence[object]) -> Steps:
     """List the allocations of cuDNN's forward (cudnn/MHA.cpp): seed and offset are allocated first.
 
     The workspace of cuDNN's execution plan is not known.
@@ -238,7 +238,7 @@ def _ceil_to(number: int, step: int) -> int:
 
 
 #: operator -> its rule, which returns the allocation steps for the operator's arguments
-ATTENTION_RULES: dict[str, Callable[[CudaTarget, Sequence[Any]], Steps]] = {
+ATTENTION_RULES: dict[str, Callable[[CudaTarget, Sequence[object]], Steps]] = {
     "aten::_scaled_dot_product_flash_attention": _flash_forward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_safe_softmax": _safe_softmax,

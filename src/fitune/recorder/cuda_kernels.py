@@ -43,7 +43,7 @@ def _dims(tensor: Tensor, dims: Any) -> frozenset[int]:
 def _reduce(
     target: CudaTarget,
     tensor: Tensor,
-    dims: Any,
+    dims: object,
     *,
     partial: int,
     output: int = 4,
@@ -301,7 +301,7 @@ def _sort(target: CudaTarget, args: Sequence[Any]) -> Steps:
     return (length * 8,) if length <= 4096 else ()
 
 
-def _bincount(target: CudaTarget, args: Sequence[Any]) -> Steps:
+def _bincount(target: CudaTarget, args: Sequence[object]) -> Steps:
     """List the allocations of bincount: minimum and maximum (native/cuda/SummaryOps.cu)."""
     return 8, 8, Output(0)
 
@@ -338,7 +338,7 @@ def _softmax_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     return (args[1].numel() * args[1].element_size(),)
 
 
-def _dropout(target: CudaTarget, args: Sequence[Any]) -> Steps:
+def _dropout(target: CudaTarget, args: Sequence[object]) -> Steps:
     """List the allocations of dropout: the mask is allocated first (native/cuda/Dropout.cu)."""
     return Output(1), Output(0)
 
@@ -421,12 +421,14 @@ def rule_of(func: Any) -> Rule | None:
     return None if rule is None else lambda target, args: resolve(rule(target, args))
 
 
-def all_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def all_arguments(
+    func: object, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[object, ...]:
     """Return all arguments in the operator's order, including keyword arguments and defaults."""
     return tuple(_fill(func, args, kwargs))
 
 
-def _fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+def _fill(func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Iterator[object]:
     for number, argument in enumerate(func._schema.arguments):
         yield (
             args[number]
@@ -435,7 +437,7 @@ def _fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[
         )
 
 
-def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
+def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[object]) -> list[int]:
     """Return the bytes of each temporary that operator `op` allocates, in order.
 
     arguments: tensors as (shape, dtype), or as (shape, dtype, stride, offset) if their elements are
@@ -445,7 +447,7 @@ def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) 
     return [step for step in steps if isinstance(step, int)]
 
 
-def _from_shape(value: Any) -> Any:
+def _from_shape(value: object) -> object:
     if (
         not isinstance(value, tuple)
         or len(value) not in (2, 4)

@@ -45,11 +45,11 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
         yield
 
 
-def _available(**_: Any) -> bool:
+def _available(**_: object) -> bool:
     return True
 
 
-def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
+def _modules(target: CudaTarget, helpers: object) -> Iterator[ModuleType]:
     def refuse_older_cards() -> None:
         if target.compute_capability < (8, 0):
             major, minor = target.compute_capability
@@ -89,7 +89,7 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         deterministic: bool = False,
-    ) -> Any:
+    ) -> object:
         """Run flash attention of packed samples, q: [T, H, D]; k and v may have fewer heads."""
         refuse_older_cards()
         from torch.nn.attention.varlen import varlen_attn
@@ -115,7 +115,7 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
         yield _module("flash_attn.bert_padding", **names)
 
 
-def _module(name: str, **content: Any) -> ModuleType:
+def _module(name: str, **content: object) -> ModuleType:
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
     module.__dict__.update(content)

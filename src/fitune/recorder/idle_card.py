@@ -60,7 +60,7 @@ _NO_EFFECT = (
 )
 #: function of torch._C -> its return value; functions of a CUDA build that are not named here
 #: return None as well
-_ANSWERS: dict[str, Any] = {
+_ANSWERS: dict[str, object] = {
     **dict.fromkeys(_NO_EFFECT),
     "_accelerator_getAccelerator": torch.device("cuda"),
     "_accelerator_getDeviceIndex": 0,
@@ -105,7 +105,7 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         name=target.name, major=capability[0], minor=capability[1], total_memory=target.total_bytes
     )
     free_and_total = (target.total_bytes, target.total_bytes)
-    answers: dict[str, Any] = {
+    answers: dict[str, object] = {
         "is_initialized": True,
         "is_bf16_supported": capability >= (8, 0),
         "is_tf32_supported": capability >= (8, 0),
@@ -200,18 +200,18 @@ def _cached_by_transformers() -> list[Any]:
     return [] if module is None else [e for e in vars(module).values() if hasattr(e, "cache_info")]
 
 
-def _answer(value: Any, *_: Any, **__: Any) -> Any:
+def _answer(value: object, *_: object, **__: object) -> Any:
     return value
 
 
-def _query_cpu(query: Callable[[str], Any], device_type: str = "cuda") -> Any:
+def _query_cpu(query: Callable[[str], object], device_type: str = "cuda") -> object:
     return query("cpu" if device_type == "cuda" else device_type)
 
 
 class _RefusedGraph:
     """A CUDA graph; a class, since libraries name it in annotations."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         raise UsageError(
             "the loop captures a CUDA graph, which keeps its memory in a pool of its own and is "
             "not predicted: predict the loop without it, which needs no more than with it but for "
@@ -229,13 +229,13 @@ class _Runtime:
 class _Event:
     """A CUDA event that has already happened."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None: ...
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: object = None) -> None: ...
 
     def synchronize(self) -> None: ...
 
-    def wait(self, stream: Any = None) -> None: ...
+    def wait(self, stream: object = None) -> None: ...
 
     def query(self) -> bool:
         return True
@@ -250,7 +250,7 @@ class _Stream:
     stream_id, device_index, device_type = _CARD_0
     cuda_stream = native_handle = 0
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.device = torch.device("cuda", 0)
 
     def __enter__(self) -> "_Stream":
@@ -258,11 +258,11 @@ class _Stream:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def wait_event(self, event: Any) -> None: ...
+    def wait_event(self, event: object) -> None: ...
 
-    def wait_stream(self, stream: Any) -> None: ...
+    def wait_stream(self, stream: object) -> None: ...
 
-    def record_event(self, event: Any = None) -> Any:
+    def record_event(self, event: object = None) -> object:
         return event or _Event()
 
     def synchronize(self) -> None: ...

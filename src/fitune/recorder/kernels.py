@@ -16,7 +16,7 @@ class Kernels(Protocol):
     of_card: bool
 
     def call(
-        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Operator, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[Any, Call | None]:
         """Return the operator's result, and the memory of such calls, None without one."""
 
@@ -30,8 +30,8 @@ class Kernels(Protocol):
         """Let the next operators allocate their workspaces again."""
 
     def allocations(
-        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        self, func: Operator, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], Sequence[Allocation]] | None:
         """Return all arguments of the operator, and what its kernel allocates and frees, in order.
 
         Returns None for an operator without a rule.

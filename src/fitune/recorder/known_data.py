@@ -108,7 +108,7 @@ def data_of(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor if tensor.device.type == "cpu" else None
 
 
-def is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_known(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     """Return whether the arguments have tensors and the data of all these is known."""
     # For speed: nearly always the first tensor is unknown.
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
@@ -119,7 +119,7 @@ def is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def run_on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_on_data(func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """Run the operator on the data of its arguments, which must be known."""
     with _disable_current_modes():
         if str(kwargs.get("device")) == "meta":
@@ -143,7 +143,9 @@ def known_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         ).numpy()
 
 
-def compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+def compute_data(
+    func: object, args: tuple[object, ...], kwargs: dict[str, object], result: object
+) -> None:
     """Compute the results' data if the data of all input tensors is known.
 
     An operator that writes into its arguments also writes into their data. If what it writes is
@@ -176,7 +178,7 @@ def compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
         set_data(each, its)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def _tensors(tree: object) -> list[torch.Tensor]:
     return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 

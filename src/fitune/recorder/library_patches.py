@@ -17,7 +17,7 @@ from typing import Any
 #: The directories in which libraries are installed; modules elsewhere are the user's own
 LIBRARIES = {"site-packages", "dist-packages"}
 #: Patches a module for as long as the context lasts
-Patch = Callable[[Any], AbstractContextManager[Any]]
+Patch = Callable[[Any], AbstractContextManager[object]]
 
 
 def is_library_import() -> bool:

@@ -42,7 +42,7 @@ def count_flops(func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Ten
     return int(formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else outputs))
 
 
-def _varlen(products: int, longest: int) -> Callable[[Any, Any], int]:
+def _varlen(products: int, longest: int) -> Callable[[Any, object], int]:
     """Return the formula for attention on packed sequences.
 
     The queries [T, H, d] of all sequences are multiplied with as many keys as the longest sequence
@@ -55,7 +55,7 @@ def _varlen(products: int, longest: int) -> Callable[[Any, Any], int]:
     return flops
 
 
-def _on_cpu(products: int, query: int) -> Callable[[Any, Any], int]:
+def _on_cpu(products: int, query: int) -> Callable[[Any, object], int]:
     """Return the formula for attention on [B, H, S, d].
 
     query: the number of the argument with the queries; the keys follow it
@@ -92,7 +92,7 @@ def _convolution_backward(args: Any, _: Any) -> int:
 
 
 #: Formulas for what the registry does not have.
-_OWN: dict[str, Callable[[Any, Any], int]] = {
+_OWN: dict[str, Callable[[Any, object], int]] = {
     "torch_attn::_varlen_attn": _varlen(2, longest=6),
     "torch_attn::_varlen_attn_backward": _varlen(5, longest=9),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _on_cpu(2, query=0),
@@ -113,7 +113,7 @@ def _looked_up(args: Any, outputs: Any) -> int:
     return 2 * bytes_of(outputs) + bytes_of(args[1:])
 
 
-def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
+def _added_to(source: int, *, copies: bool) -> Callable[[Any, object], int]:
     """Return the formula for operators that read and write some places of the first argument.
 
     source: the number of the argument that is written or added there
@@ -125,13 +125,13 @@ def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
     )
 
 
-def _updated(num_states: int) -> Callable[[Any, Any], int]:
+def _updated(num_states: int) -> Callable[[Any, object], int]:
     """Return the formula for an optimizer, which reads gradients and updates the rest."""
     return lambda args, _: 2 * bytes_of((args[0], args[2 : 2 + num_states])) + bytes_of(args[1])
 
 
 #: Formulas for operators that move other bytes than those of their tensors.
-_MOVED: dict[str, Callable[[Any, Any], int]] = {
+_MOVED: dict[str, Callable[[Any, object], int]] = {
     **dict.fromkeys(
         (
             "aten::zeros_like",
@@ -167,12 +167,12 @@ _MOVED: dict[str, Callable[[Any, Any], int]] = {
 
 
 @by_operator
-def _own_moved(func: Operator) -> Callable[[Any, Any], int] | None:
+def _own_moved(func: Operator) -> Callable[[Any, object], int] | None:
     return _MOVED.get(func._schema.name)
 
 
 @by_operator
-def _flop_formulas(func: Operator) -> tuple[Callable[[Any, Any], int] | None, Any]:
+def _flop_formulas(func: Operator) -> tuple[Callable[[object, object], int] | None, Any]:
     """Return our formula and the registry's, each None if there is none."""
     return _OWN.get(func._schema.name), flop_registry.get(func.overloadpacket)
 

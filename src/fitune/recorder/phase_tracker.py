@@ -9,7 +9,6 @@ computed; autograd's sequence numbers connect the two.
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -63,7 +62,7 @@ class PhaseTracker:
         """Whether the forward of any module is running."""
         return bool(self._stack)
 
-    def follow(self, args: tuple[Any, ...]) -> None:
+    def follow(self, args: tuple[object, ...]) -> None:
         """Update the phase before an operator is called with these arguments."""
         if is_in_backward():
             self.phase = "backward"
@@ -118,7 +117,7 @@ class PhaseTracker:
         self.phase, self.forward_began = "forward", False
         self.micro_batch += 1
 
-    def _enter_module(self, module: torch.nn.Module, _: Any) -> None:
+    def _enter_module(self, module: torch.nn.Module, _: object) -> None:
         if not is_in_backward():
             if self.phase in ("backward", "optimizer") and not self._stack:
                 self._next_micro_batch()
@@ -126,7 +125,7 @@ class PhaseTracker:
         self._stack.append(self._names.get(id(module), type(module).__name__))
         self._mark_sequence()
 
-    def _leave_module(self, module: torch.nn.Module, *_: Any) -> None:
+    def _leave_module(self, module: torch.nn.Module, *_: object) -> None:
         if self._stack:
             self._stack.pop()
             self._mark_sequence()

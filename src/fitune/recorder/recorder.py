@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -240,9 +240,9 @@ class Recorder(TorchDispatchMode):
         self,
         func: Operator,
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             # two thirds of all calls, and slow through FakeTensorMode
             return args[0].fake_device
@@ -280,7 +280,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _are_outputs_on_host(
-        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, traits: Traits, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> bool:
         if self._placing is not None:
             return self._placing == "host"
@@ -290,8 +290,8 @@ class Recorder(TorchDispatchMode):
     def _allocate(
         self,
         func: Operator,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         outputs: tuple[torch.Tensor, ...],
         module: str,
     ) -> None:
@@ -331,8 +331,8 @@ class Recorder(TorchDispatchMode):
     def _count(
         self,
         func: Operator,
-        args: Any,
-        kwargs: Any,
+        args: object,
+        kwargs: object,
         outputs: tuple[torch.Tensor, ...],
         *,
         module: str,
@@ -366,7 +366,7 @@ class Recorder(TorchDispatchMode):
         for i, number in enumerate((1, *work)):
             sums[i] += number
 
-    def _sources(self, args: tuple[Any, ...], num_outputs: int) -> Sequence[str | None]:
+    def _sources(self, args: tuple[object, ...], num_outputs: int) -> Sequence[str | None]:
         """Return the module that each output belongs to, None for the running module.
 
         Where no module runs, the outputs of an optimizer, and of an operator on whole lists, belong
@@ -383,7 +383,7 @@ class Recorder(TorchDispatchMode):
         found = (self._find(tensor) for tensor in inputs)
         return [None if storage is None else storage.where.module for storage in found]
 
-    def _only_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _only_host(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Return whether all tensor arguments lie in host memory; False if there are none."""
         is_host = None
         for tensor in tensors_in((args, tuple(kwargs.values()))) if self._host else ():
@@ -445,7 +445,7 @@ class Recorder(TorchDispatchMode):
 
     # ---- phases and categories ----
 
-    def _follow_phase(self, args: tuple[Any, ...]) -> None:
+    def _follow_phase(self, args: tuple[object, ...]) -> None:
         """Update the phase, and let the storages that survive until the backward be activations."""
         self._tracker.follow(args)
         if self._saved_candidates and is_in_backward() and not torch.is_grad_enabled():
@@ -459,10 +459,10 @@ class Recorder(TorchDispatchMode):
         if parameter.grad is not None and (storage := self._find(parameter.grad)) is not None:
             storage.category = "gradient"
 
-    def _begin_optimizer(self, *_: Any) -> None:
+    def _begin_optimizer(self, *_: object) -> None:
         self._tracker.in_optimizer, self._tracker.phase = True, "optimizer"
 
-    def _end_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _end_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Assign the category of the optimizer's state after its step function has run."""
         self._tracker.in_optimizer = False
         state = list(optimizer.state.values())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -210,11 +210,11 @@ def _equal_passes_skipped(ends: StepEnds, note: Callable[[str], None]) -> Iterat
     step has its own two, since a reference model runs in all of them and may be their peak.
     """
     call = nn.Module.__call__
-    counts: dict[Any, int] = {}
-    results: dict[Any, Any] = {}
+    counts: dict[object, int] = {}
+    results: dict[object, object] = {}
     depth = 0
 
-    def call_or_skip(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call_or_skip(self: nn.Module, *args: object, **kwargs: object) -> object:
         nonlocal depth
         if depth or torch.is_grad_enabled():
             depth += 1
@@ -250,5 +250,5 @@ class _Blank:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
-def _shapes(tree: Any) -> str:
+def _shapes(tree: object) -> str:
     return repr(tree_map_only(torch.Tensor, lambda tensor: (tensor.shape, tensor.dtype), tree))

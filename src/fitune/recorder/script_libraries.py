@@ -66,14 +66,16 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
 
 def models_of_configs(
     modeling: Any, note: Note, *, has_card: bool = True
-) -> AbstractContextManager[Any]:
+) -> AbstractContextManager[object]:
     """Let from_pretrained build the model of its configuration, and read no weights.
 
     modeling: the module transformers.modeling_utils.
     has_card: whether a model whose device_map is not the host goes to the card.
     """
 
-    def from_pretrained(cls: Any, /, name: Any, *_: Any, config: Any = None, **options: Any) -> Any:
+    def from_pretrained(
+        cls: Any, /, name: Any, *_: object, config: Any = None, **options: object
+    ) -> Any:
         _refuse_quantised(options)
         if config is None or isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(name if config is None else config)
@@ -103,7 +105,7 @@ def models_of_configs(
 _MODEL_OPTIONS = ("dtype", "torch_dtype", "attn_implementation", "device_map")
 
 
-def _dtype(named: Any, config: Any) -> torch.dtype:
+def _dtype(named: object, config: object) -> torch.dtype:
     if named is None:
         # transformers 5 loads in the dtype of the weights, earlier versions in float32
         import transformers
@@ -115,7 +117,7 @@ def _dtype(named: Any, config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _refuse_quantised(options: Mapping[str, Any]) -> None:
+def _refuse_quantised(options: Mapping[str, object]) -> None:
     if any(options.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
         raise UsageError(
             "the script loads a quantised model, whose weights are packed on the card: predict it "
@@ -123,14 +125,14 @@ def _refuse_quantised(options: Mapping[str, Any]) -> None:
         )
 
 
-def _hub_kernel(name: str, note: Note) -> Any:
+def _hub_kernel(name: str, note: Note) -> object:
     """Return the functions of a kernel of the hub. Raises UsageError for an unknown one."""
     if "flash-attn" not in name and "flash-attention" not in name:
         raise UsageError(
             f"the script loads the compiled kernel {name}, whose memory is not known: predict it "
             "with PyTorch's own attention"
         )
-    flash_attn: Any = importlib.import_module("flash_attn")
+    flash_attn: object = importlib.import_module("flash_attn")
     note(f"{name}: allocates as PyTorch's flash attention")
     return SimpleNamespace(flash_attn_interface=flash_attn, **vars(flash_attn))
 
@@ -165,7 +167,7 @@ def _longest_samples_first(note: Note) -> Iterator[None]:
         yield
 
 
-def _lengths(dataset: Any) -> list[int] | None:
+def _lengths(dataset: object) -> list[int] | None:
     """Return the number of tokens of each sample, None if the data set does not show it."""
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "select_columns"):
@@ -187,12 +189,12 @@ class _Anything(ModuleType):
         super().__init__(name)
         self.__path__: list[str] = []
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Anything(name)
 
-    def __call__(self, *_: Any, **__: Any) -> Any:
+    def __call__(self, *_: object, **__: object) -> object:
         return self
 
     def __iter__(self) -> Iterator[Any]:
@@ -201,7 +203,7 @@ class _Anything(ModuleType):
     def __bool__(self) -> bool:
         return False
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setitem__(self, key: object, value: object) -> None: ...
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -270,7 +272,7 @@ def _is_imported_by_script() -> bool:
 def _saves_touch_files() -> Iterator[None]:
     """Let torch.save and safetensors make an empty file, which the script may then move."""
 
-    def touch(content: Any, file: Any, *_: Any, **__: Any) -> None:
+    def touch(content: object, file: object, *_: object, **__: object) -> None:
         if isinstance(file, (str, os.PathLike)):
             open(file, "wb").close()
 
@@ -287,7 +289,7 @@ def _saves_touch_files() -> Iterator[None]:
 def _one_process() -> Iterator[None]:
     """Raise UsageError where the script starts or joins several processes."""
 
-    def refuse(*_: Any, **__: Any) -> Any:
+    def refuse(*_: object, **__: object) -> object:
         raise UsageError(
             "the script trains in several processes, and a prediction is of one: start it without "
             "torchrun, or with --nproc_per_node=1"

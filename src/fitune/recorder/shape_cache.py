@@ -19,7 +19,7 @@ from fitune.recorder.operators import by_operator
 
 _CPU = torch.device("cpu")
 #: Makes the result of an operator from its arguments.
-_Make = Callable[[tuple[Any, ...]], Any]
+_Make = Callable[[tuple[object, ...]], Any]
 #: Tags of operators whose result depends on more than the shapes of the arguments.
 _NOT_BY_SHAPE = (
     torch.Tag.data_dependent_output,

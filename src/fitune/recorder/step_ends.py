@@ -8,7 +8,6 @@ evaluation belongs to the step that it precedes.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +70,7 @@ class StepEnds:
         if self._number and not self._is_done:
             self._end_step()
 
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
+    def _before_forward(self, module: nn.Module, _: object) -> None:
         # a layer that gradient checkpointing runs again, or a part of a model
         if is_in_backward() or self._recorder.is_in_module:
             return
@@ -103,5 +102,5 @@ class StepEnds:
         for model in self.models.values():
             self._recorder.end_step(model)
 
-    def _after_update(self, _: torch.optim.Optimizer, *__: Any) -> None:
+    def _after_update(self, _: torch.optim.Optimizer, *__: object) -> None:
         self._has_updated = True

@@ -6,7 +6,6 @@ TRL computes log-probabilities with such kernels on a card, and logits for the t
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 from unittest.mock import patch
 
 from fitune.recorder.library_patches import when_imported
@@ -22,15 +21,15 @@ def triton_kernels() -> Iterator[None]:
 class _InPlace:
     """Stands for a Triton kernel, which writes into its arguments and allocates nothing."""
 
-    def __getitem__(self, _: Any) -> Callable[..., None]:
+    def __getitem__(self, _: object) -> Callable[..., None]:
         return lambda *unused, **named: None
 
 
-def _chosen(module: Any) -> AbstractContextManager[Any]:
+def _chosen(module: object) -> AbstractContextManager[object]:
     return patch.object(module, "_use_triton", lambda _: True, create=True)
 
 
-def _of_kernels(kernels: Any) -> AbstractContextManager[Any]:
+def _of_kernels(kernels: object) -> AbstractContextManager[object]:
     stack = ExitStack()
     stack.enter_context(_chosen(kernels))
     for name in ("_forward_kernel", "_backward_kernel"):

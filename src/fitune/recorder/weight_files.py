@@ -21,7 +21,7 @@ from fitune.recorder.library_patches import when_imported
 
 #: (tensor, device) -> the tensor as the reader of the file gets it. The device is any map_location
 #: that torch.load accepts.
-Put = Callable[[Tensor, Any], Tensor]
+Put = Callable[[Tensor, object], Tensor]
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def weight_files(put: Put) -> Iterator[None]:
     """Read the files that this block opens into host memory; return tensors through `put`."""
     load = torch.load
 
-    def load_on_host(file: Any, map_location: Any = None, *args: Any, **options: Any) -> Any:
+    def load_on_host(file: Any, map_location: object = None, *args: Any, **options: Any) -> object:
         with on_host():
             content = load(file, "cpu", *args, **options)
         return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)
@@ -50,7 +50,7 @@ def _reads_to_host(put: Put, safetensors: Any) -> Iterator[None]:
         """Replaces safetensors.safe_open."""
 
         def __init__(
-            self, filename: Any, framework: Any, device: Any = "cpu", **options: Any
+            self, filename: object, framework: object, device: object = "cpu", **options: object
         ) -> None:
             self._file: Any = safe_open(filename, framework, "cpu", **options)
             self._device = device
@@ -62,7 +62,7 @@ def _reads_to_host(put: Put, safetensors: Any) -> Iterator[None]:
         def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> object:
             return getattr(self._file, name)
 
         def get_tensor(self, name: str) -> Any:
@@ -73,7 +73,7 @@ def _reads_to_host(put: Put, safetensors: Any) -> Iterator[None]:
         def _names(self) -> list[str]:
             return list(self._file.keys())
 
-        def get_tensors(self) -> dict[str, Any]:
+        def get_tensors(self) -> dict[str, object]:
             return {name: self.get_tensor(name) for name in self._names()}
 
     import_module("safetensors.torch")

@@ -203,7 +203,7 @@ def _memory(row: ComparedRun) -> Iterator[Advice]:
         )
 
 
-def _candidates(run: RecordedRun, chosen: Mapping[str, Any], *, tight: bool) -> Iterator[Advice]:
+def _candidates(run: RecordedRun, chosen: Mapping[str, object], *, tight: bool) -> Iterator[Advice]:
     """Advise the plan's fastest other candidate, and the next smaller one if memory is tight.
 
     Only candidates that fit and do not change the result are considered.

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +131,7 @@ class Comparison(HtmlDisplay):
     #: and then losses are those at the end of each run
     tokens: float | None
     #: the settings that are not the same in all runs, with one value for each run
-    differing: Mapping[str, tuple[Any, ...]]
+    differing: Mapping[str, tuple[object, ...]]
     checks: tuple[CurveCheck, ...]
     #: what limits the comparison, one message each
     notes: tuple[str, ...]
@@ -263,7 +262,7 @@ def eval_interval(comparison: Comparison, first: str, second: str) -> Confidence
     return _eval_interval(runs[first], runs[second], comparison.tokens)
 
 
-def differing_settings(runs: Sequence[RecordedRun]) -> Mapping[str, tuple[Any, ...]]:
+def differing_settings(runs: Sequence[RecordedRun]) -> Mapping[str, tuple[object, ...]]:
     """Return the settings that differ, without the names and the directories of the runs."""
     keys = sorted({key for run in runs for key in run.settings if not key.startswith("run.")})
     table = {key: tuple(run.settings.get(key) for run in runs) for key in keys}

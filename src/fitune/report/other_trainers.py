@@ -163,19 +163,19 @@ def read_trainer_log(path: Path) -> RecordedRun:
     return _run(path, origin, entries)
 
 
-def _logged_step(entry: Mapping[str, Any]) -> int | None:
+def _logged_step(entry: Mapping[str, object]) -> int | None:
     value = next((entry[name] for name in _STEPS if entry.get(name) is not None), None)
     # ms-swift writes '5/20'
     number = _number(value.partition("/")[0] if isinstance(value, str) else value)
     return None if isinstance(value, bool) or not math.isfinite(number) else round(number)
 
 
-def _without_prefixes(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _without_prefixes(entry: Mapping[str, object]) -> dict[str, object]:
     """Remove the prefixes with which transformers names values for trackers.
 
     {'train/loss': 2, 'eval/loss': 3} -> {'loss': 2, 'eval_loss': 3}
     """
-    plain: dict[str, Any] = {}
+    plain: dict[str, object] = {}
     for name, value in entry.items():
         kind, _, rest = str(name).rpartition("/")
         plain[rest if kind == "train" else f"eval_{rest}" if kind == "eval" else name] = value
@@ -303,9 +303,9 @@ def _steps_per_epoch(text: str) -> float | None:
 def _run(
     path: Path,
     origin: str,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[Mapping[str, object]],
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     notes: tuple[str, ...] = (),
 ) -> RecordedRun:
     """Make a RecordedRun of logged entries.
@@ -345,7 +345,7 @@ def _run(
     )
 
 
-def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _named(entry: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Yield the values of an entry under our names, without counts of 0."""
     entry = {
         name: _number(value) if isinstance(value, str) else value for name, value in entry.items()
@@ -387,12 +387,12 @@ def _last_pass(entries: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]],
     return remaining, restart
 
 
-def _last_of_each_step(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _last_of_each_step(entries: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
     """Return the last entry of each step."""
     return list({entry["step"]: entry for entry in entries}.values())
 
 
-def _clock(text: Any) -> float | None:
+def _clock(text: object) -> float | None:
     """Return the seconds of a timedelta as Python writes it: '1 day, 0:00:12'."""
     match = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d+):(\d+)(?:\.\d+)?", str(text))
     if match is None:

@@ -149,7 +149,7 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _json(content: Any) -> str:
+def _json(content: object) -> str:
     text = json.dumps(
         content, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False
     )
@@ -163,12 +163,12 @@ def _json(content: Any) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """Return the value as escaped text, without control characters and of limited length."""
     return html.escape(printable(str(clip(value))))
 
 
-def _bdi(value: Any) -> str:
+def _bdi(value: object) -> str:
     """Return the value in an element that isolates right-to-left text from the text around it."""
     return f"<bdi>{_text(value)}</bdi>"
 
@@ -368,10 +368,10 @@ def _machine(run: RecordedRun) -> Iterator[str]:
             yield str(device["name"])
 
 
-def _figure(picture: Picture) -> dict[str, Any]:
+def _figure(picture: Picture) -> dict[str, object]:
     """Return the picture as plotly takes it, with escaped names and numbers of six digits."""
     first = next(iter(picture.axes))
-    layout: dict[str, Any] = {
+    layout: dict[str, object] = {
         "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
         "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True,
                   "rangemode": "tozero" if picture.from_zero else "normal", "exponentformat": "e"},
@@ -402,10 +402,10 @@ def _figure(picture: Picture) -> dict[str, Any]:
     }
 
 
-def _trace(series: Series, axis: str) -> dict[str, Any]:
+def _trace(series: Series, axis: str) -> dict[str, object]:
     colour = COLOURS[series.colour % len(COLOURS)]
     is_short = len(series.name) <= _MOST_NAME_CHARS
-    trace: dict[str, Any] = {
+    trace: dict[str, object] = {
         "type": "scatter",
         "name": _text(series.name if is_short else f"{series.name[:_MOST_NAME_CHARS]}…"),
         "x": _numbers(series.x[axis]),
@@ -444,7 +444,7 @@ def _trace(series: Series, axis: str) -> dict[str, Any]:
     return trace
 
 
-def _numbers(values: Any) -> list[Any]:
+def _numbers(values: Any) -> list[object]:
     """Return the values with six digits; text is escaped.
 
     A value that is not finite becomes null, which leaves a gap in the picture.

@@ -101,7 +101,7 @@ class RecordedRun:
         return float(self.train["total_tokens"][-1]) if self.num_steps else float("nan")
 
 
-def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Curve:
+def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, object]]) -> Curve:
     """Return the columns `names` of the rows; a value that is missing or no number becomes nan."""
     curve = {name: np.full(len(rows), np.nan) for name in names}
     for index, row in enumerate(rows):
@@ -200,7 +200,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield content
 
 
-def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+def _read_json(path: Path, notes: list[str]) -> Mapping[str, object] | None:
     """Return the object of a JSON file; if it cannot be read, add a message to `notes`."""
     if not path.exists():
         return None
@@ -216,7 +216,7 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     return None
 
 
-def _read_plan(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+def _read_plan(path: Path, notes: list[str]) -> Mapping[str, object] | None:
     """Return the plan of a run, if its numbers are numbers: all readers of a plan rely on that."""
     plan = _read_json(path, notes)
     if plan is None:
@@ -234,7 +234,7 @@ def _read_plan(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     return None
 
 
-def _has_numbers(content: Mapping[str, Any]) -> bool:
+def _has_numbers(content: Mapping[str, object]) -> bool:
     return all(
         value is None or (isinstance(value, int | float) and abs(value) < _MOST)
         for name, value in content.items()
@@ -260,7 +260,7 @@ def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the leaves of a tree with dotted keys: {'optim': {'lr': 1}} -> ('optim.lr', 1)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -273,7 +273,7 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
+def embed(run: RecordedRun, *, max_points: int) -> dict[str, object]:
     """Return the run as JSON, for a report that can be compared again.
 
     It contains curves of at most `max_points`, the samples' losses of the last evaluation, and the
@@ -311,7 +311,7 @@ def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
     }
 
 
-def clip(value: Any) -> Any:
+def clip(value: object) -> Any:
     """Cut a text to MAX_CHARS characters.
 
     Numbers, booleans and None are returned unchanged; any other value is returned as cut text.

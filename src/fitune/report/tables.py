@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from fitune.language import say, translated
 from fitune.report.compare import ComparedRun, Comparison
@@ -99,7 +98,7 @@ def csv_text(comparison: Comparison) -> str:
     """
     out = io.StringIO()
     rows = [row_json(row) for row in comparison.rows]
-    flat: list[dict[str, Any]] = []
+    flat: list[dict[str, object]] = []
     for row in rows:
         line = {key: value for key, value in row.items() if not isinstance(value, dict)}
         for key, value in row.items():
@@ -114,7 +113,7 @@ def csv_text(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, object]:
     return {
         "tokens": comparison.tokens,
         "runs": [row_json(row) for row in comparison.rows],
@@ -125,7 +124,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def row_json(row: ComparedRun) -> dict[str, Any]:
+def row_json(row: ComparedRun) -> dict[str, object]:
     names = (
         "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "run_peak_bytes",
         "tokens_per_second", "seconds", "train_loss", "eval_loss", "on_front",
@@ -144,7 +143,7 @@ def row_json(row: ComparedRun) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
@@ -180,7 +179,7 @@ def differing_rows(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     if value is None:
         return "n/a"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fitune.errors import RunDirectoryError
 from fitune.plain_files import find_strange, open_plain
@@ -367,7 +367,7 @@ def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
         sync_directory(path.parent)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write JSON with `write_atomically`.
 
     Raises ValueError for a number that is not finite, which JSON does not have.

@@ -114,7 +114,7 @@ class _GrowingFile:
     def rewind(self) -> None:
         self._offset = 0
 
-    def new_lines(self) -> list[Mapping[str, Any]] | None:
+    def new_lines(self) -> list[Mapping[str, object]] | None:
         """Return the objects in complete lines since the last call; None if the file shrank."""
         try:
             with open(self._path, "rb", opener=open_plain) as file:
@@ -135,7 +135,7 @@ class _GrowingFile:
         return [content for content in contents if content is not None]
 
 
-def _parse(line: bytes) -> Mapping[str, Any] | None:
+def _parse(line: bytes) -> Mapping[str, object] | None:
     try:
         content = parse_json(line)
     except ValueError:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_type_hints
 
 from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
@@ -229,7 +229,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def add_line(
-    content: Mapping[str, Any] | None, steps: list[StepMetrics], evals: list[EvalMetrics]
+    content: Mapping[str, object] | None, steps: list[StepMetrics], evals: list[EvalMetrics]
 ) -> bool:
     """Add a line of metrics to those before it, and return whether it could be read."""
     record = None
@@ -267,12 +267,12 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
             yield record
 
 
-def summary_json(summary: Summary) -> dict[str, Any]:
+def summary_json(summary: Summary) -> dict[str, object]:
     """Convert the summary for `write_json`."""
     return as_json(summary)
 
 
-def as_json(record: "DataclassInstance") -> dict[str, Any]:
+def as_json(record: "DataclassInstance") -> dict[str, object]:
     """Convert a record to JSON values, with numbers that are not finite as text."""
     return {
         name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -297,7 +297,7 @@ def read_summary(path: Path) -> Summary:
     return summary
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object] | None]]:
     """Yield each complete line's number, from 1, and its object; None if the line is damaged.
 
     Raises RunDirectoryError if the file cannot be read.
@@ -314,7 +314,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
         yield number, content if isinstance(content, dict) else None
 
 
-def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
+def as_record(kind: type[Record], content: Mapping[str, object]) -> Record | None:
     """Build a record from a line, without fields that only a later version knows.
 
     Returns None if a field is missing or has the wrong type.
@@ -331,7 +331,7 @@ def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
 
 
 @cache
-def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[Any, ...]]:
+def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[object, ...]]:
     """Return the types that each field accepts."""
     wanted = get_type_hints(kind)
     return {
@@ -342,7 +342,7 @@ def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _value(accepted: tuple[Any, ...], value: Any) -> Any:
+def _value(accepted: tuple[object, ...], value: object) -> object:
     """Convert a value whose type differs from the field's, or raise ValueError.
 
     Allowed are a whole number or a text like "nan" for a float, and a text for a literal.

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fitune.errors import RunDirectoryError
 from fitune.run.directory import write_json
@@ -51,7 +51,7 @@ class PatientFiles:
     def __init__(self, *, most_bytes: int = MOST_WAITING_BYTES, drops_oldest: bool = False) -> None:
         self._most_bytes, self._drops_oldest = most_bytes, drops_oldest
         self._lines: dict[Path, deque[bytes]] = {}
-        self._whole: dict[Path, Mapping[str, Any]] = {}
+        self._whole: dict[Path, Mapping[str, object]] = {}
         self._lock = threading.Lock()
         self._fault: str | None = None
         self._news: deque[str] = deque()
@@ -70,7 +70,7 @@ class PatientFiles:
             self._try()
             self._bound()
 
-    def replace(self, path: Path, content: Mapping[str, Any]) -> None:
+    def replace(self, path: Path, content: Mapping[str, object]) -> None:
         """Write a JSON file, now or as soon as there is space.
 
         Of several versions that wait, only the last is written.

@@ -39,7 +39,7 @@ class Entry:
 
     name: str
     #: what the sweep sets for this run
-    overrides: Mapping[str, Any]
+    overrides: Mapping[str, object]
     config: RunConfig
 
 
@@ -119,8 +119,8 @@ def read_sweep(path: Path, typed: Sequence[str] = ()) -> Sweep:
 
 def make_entry(
     directory: Path,
-    tree: Mapping[str, Any],
-    overrides: Mapping[str, Any],
+    tree: Mapping[str, object],
+    overrides: Mapping[str, object],
     *,
     name: str | None = None,
     typed: Sequence[str] = (),
@@ -167,12 +167,12 @@ def read_states(directory: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def write_states(directory: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
+def write_states(directory: Path, states: Mapping[str, Mapping[str, object]]) -> None:
     runs = [{"name": name, **state} for name, state in states.items()]
     write_json(directory / SWEEP_FILE, {"schema": 1, "runs": runs})
 
 
-def _grid(path: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _grid(path: Path, wanted: Mapping[str, Any]) -> list[dict[str, object]]:
     faults = [
         f"{path}: sweep.{key} must be a list of values: write it like [3e-5, 6e-5]"
         for key, values in wanted.items()
@@ -217,7 +217,7 @@ def _read_search(path: Path, wanted: Mapping[str, Any]) -> Search:
     return Search(space, trials)
 
 
-def _name(overrides: Mapping[str, Any]) -> str:
+def _name(overrides: Mapping[str, object]) -> str:
     """Make a name from the overrides.
 
     Example: {'batch.micro': 6, 'batch.accumulation': 4, 'optim.lr': 6e-5} -> '6x4-lr6e-05'.

@@ -184,7 +184,7 @@ def _interpolate_rule(
     return one._replace(arguments=arguments), sizes[one.position] if sizes else 0
 
 
-def _interpolate_arguments(one: Any, other: Any, fraction: _Fraction) -> Any:
+def _interpolate_arguments(one: object, other: object, fraction: _Fraction) -> Any:
     """Interpolate the numbers in tuples of any depth.
 
     Returns None if anything but numbers differs.

@@ -165,13 +165,13 @@ class _ReplacedSizes:
     A size that does not occur in its phase, with which a place begins, is looked for in the others.
     """
 
-    def __init__(self, amounts: Iterable[tuple[_Place, Any, Any]]) -> None:
-        self._found: dict[tuple[_Place, Any], set[Any]] = {}
+    def __init__(self, amounts: Iterable[tuple[_Place, object, object]]) -> None:
+        self._found: dict[tuple[_Place, object], set[object]] = {}
         for place, old, new in amounts:
             for key in ((place, old), (place[1:], old)):
                 self._found.setdefault(key, set()).add(new)
 
-    def find(self, place: _Place, old: Any) -> Any:
+    def find(self, place: _Place, old: object) -> Any:
         """Return the new size, None if the old one did not occur or has several new ones."""
         new = self._found.get((place, old)) or self._found.get((place[1:], old))
         return next(iter(new)) if new is not None and len(new) == 1 else None

@@ -189,7 +189,7 @@ def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
     return "forward"
 
 
-def _place(frames: Sequence[Mapping[str, Any]]) -> str:
+def _place(frames: Sequence[Mapping[str, object]]) -> str:
     """Return the innermost line of code outside of PyTorch, as file:line and function."""
     for frame in frames:
         parts = Path(str(frame.get("filename", ""))).parts
@@ -198,5 +198,5 @@ def _place(frames: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _innermost(frames: Sequence[Mapping[str, Any]]) -> str:
+def _innermost(frames: Sequence[Mapping[str, object]]) -> str:
     return str(frames[0].get("name", "")) if frames else ""

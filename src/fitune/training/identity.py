@@ -10,7 +10,6 @@ import platform
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from hashlib import blake2b
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from fitune.data.examples import Examples
 from fitune.errors import RunDirectoryError
 from fitune.step.assemble import Setup, choose_precision
 
-Json = dict[str, Any]
+Json = dict[str, object]
 #: If one of these changes, the saved tensors do not fit.
 NEEDS_NEW_RUN = ("model", "model.method", "optim.name")
 _SAMPLED_ELEMENTS = 4096
@@ -65,7 +64,7 @@ def run_conditions(setup: Setup, *, attention: str, num_ranks: int = 1) -> Json:
 
 
 def check_identity(
-    saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Collection[str]
+    saved: Mapping[str, object], now: Mapping[str, object], *, allowed: Collection[str]
 ) -> list[str]:
     """Return a message for each allowed change.
 
@@ -92,7 +91,7 @@ def check_identity(
 
 
 def condition_note(
-    saved: Mapping[str, Any], now: Mapping[str, Any], *, dropout: bool
+    saved: Mapping[str, object], now: Mapping[str, object], *, dropout: bool
 ) -> str | None:
     """Return a message if the resumed run differs in its last bits; None if it is bit-exact."""
     changed = _differences(saved, now)
@@ -104,7 +103,7 @@ def condition_note(
     return f"goes on to 1e-5, not bit for bit{masks}: {listed}"
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     return [key for key in dict.fromkeys((*now, *saved)) if saved.get(key) != now.get(key)]
 
 

@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -89,7 +88,7 @@ class Tried:
     #: of the run that continues, in which train.probe is off
     config: RunConfig
     #: the keys and values that differ from the configuration before
-    changes: Mapping[str, Any]
+    changes: Mapping[str, object]
     #: of the chosen setting, with a new optimizer
     setup: Setup
 
@@ -319,7 +318,7 @@ def noise_before_training(
 
 def apply_setting(
     config: RunConfig, setup: Setup, setting: Setting
-) -> tuple[RunConfig, OptimSettings, Mapping[str, Any]]:
+) -> tuple[RunConfig, OptimSettings, Mapping[str, object]]:
     """Return the setting's configuration, the optimizer's settings, and the keys that differ.
 
     The optimizer's values are those in use, so optim.scaling is applied already and left out. For

@@ -125,7 +125,7 @@ class Sampler:
 
 def _amd(device: torch.device) -> dict[str, Any]:
     """Read an AMD card; PyTorch uses amdsmi, which may not be installed."""
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, object] = {}
     with suppress(Exception):
         numbers["utilisation_fraction"] = torch.cuda.utilization(device) / 100
         numbers["power_watts"] = torch.cuda.power_draw(device) / 1000

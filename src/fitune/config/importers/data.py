@@ -19,7 +19,7 @@ _TOO_LONG = {
 
 # Options of an axolotl source whose values describe what fitune does anyway. A format (`type` as a
 # single word) is not listed: fitune recognises it by the keys of the samples.
-_KNOWN_SOURCE_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+_KNOWN_SOURCE_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "split": ("train",),
     "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
     "train_on_eos": ("turn",),
@@ -113,25 +113,25 @@ def _held_out(draft: Draft, max_rows: int | None) -> None:
         )
 
 
-def _sources(draft: Draft, named: Any, max_rows: Any) -> Any:
+def _sources(draft: Draft, named: object, max_rows: object) -> object:
     """Return the value of data.train or data.eval: a path, or a list of paths with sample limits.
 
     named: the other tool's value. Names of LLaMA-Factory's data sets are looked up in its
     dataset_info.json.
     """
-    items: Any = (
+    items: object = (
         [part.strip() for part in named.split(",")]
         if isinstance(named, str) and "," in named
         else named
     )
     items = items if isinstance(items, list) else [items]
-    sources: list[Any] = [path for item in items for path in _paths(draft, item)]
+    sources: list[object] = [path for item in items for path in _paths(draft, item)]
     if max_rows is not None:
         sources = [{"path": source, "max_rows": max_rows} for source in sources]
     return sources[0] if len(sources) == 1 and isinstance(sources[0], str) else sources
 
 
-def _paths(draft: Draft, item: Any) -> list[str]:
+def _paths(draft: Draft, item: object) -> list[str]:
     """Return the paths of one entry of a tool's list of data.
 
     item: a path, the name of a LLaMA-Factory data set, or a mapping of axolotl or TRL.
@@ -158,7 +158,7 @@ def _paths(draft: Draft, item: Any) -> list[str]:
     return [_path_from_dataset_info(draft, item)]
 
 
-def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
+def _paths_of_mapping(draft: Draft, item: Mapping[str, object]) -> list[str]:
     path, files = item.get("path"), item.get("data_files")
     options = without(item, "path", "data_files", "ds_type")
     options = {
@@ -191,7 +191,7 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _refuse_axolotl_source(draft: Draft, path: Any, item: Mapping[str, Any]) -> None:
+def _refuse_axolotl_source(draft: Draft, path: object, item: Mapping[str, object]) -> None:
     """Raise ConfigError if a source is not supervised data, or has a loss mask of its own."""
     kind = item.get("type")
     roles = item.get("roles_to_train")
@@ -261,7 +261,7 @@ def _pop_axolotl_columns(options: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _paths_of_entry(draft: Draft, path: Any, files: Any) -> list[str]:
+def _paths_of_entry(draft: Draft, path: object, files: object) -> list[str]:
     if files and path in ("json", "csv", "parquet", None):
         found = [str(file) for file in files] if isinstance(files, list) else [str(files)]
         draft.columns += [({}, file) for file in found]

@@ -51,7 +51,7 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
     Raises ConfigError, for all arguments at once, if a value has the wrong type or requests
     something other than supervised fine-tuning.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     origins, faults = {}, []
     for holder, held in arguments.values.items():
         for name, value in _expand_mapping(holder, held).items():
@@ -83,11 +83,11 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
     return replace(arguments, values=values, origins=origins)
 
 
-def is_other_training(name: str, value: Any) -> bool:
+def is_other_training(name: str, value: object) -> bool:
     return name in OTHER_TRAINING and not is_off(value) and value not in OTHER_TRAINING[name][0]
 
 
-def is_off(value: Any) -> bool:
+def is_off(value: object) -> bool:
     return value in (False, 0, "", "none", "no", "null", "false", "False", "None") or value in (
         [],
         {},
@@ -95,7 +95,7 @@ def is_off(value: Any) -> bool:
     )
 
 
-def _expand_mapping(name: str, value: Any) -> dict[str, Any]:
+def _expand_mapping(name: str, value: object) -> dict[str, object]:
     if name not in _MAPPINGS:
         return {name: value}
     if isinstance(value, str):  # a command line passes a mapping as JSON
@@ -129,7 +129,7 @@ class Draft:
     #: Name of an argument -> why it has no effect in fitune.
     reasons: dict[str, str] = field(default_factory=dict)
     #: Our key -> the value that the user gave with the import.
-    given_elsewhere: dict[str, Any] = field(default_factory=dict)
+    given_elsewhere: dict[str, object] = field(default_factory=dict)
     #: For each source of training data: {our name of a column: its name}, and where that is stated.
     columns: list[tuple[dict[str, str], str]] = field(default_factory=list)
 
@@ -141,7 +141,7 @@ class Draft:
     def method(self) -> str:
         return str(self.written["model.method"][0])
 
-    def override(self, key: str, value: Any) -> None:
+    def override(self, key: str, value: object) -> None:
         for name in self.names(key):
             self.reasons[name] = "another was given with the import"
         self.given_elsewhere[key] = value
@@ -155,7 +155,7 @@ class Draft:
     def name(self, key: str) -> str | None:
         return next(iter(self.names(key)), None)
 
-    def argument(self, name: str, default: Any = None) -> Any:
+    def argument(self, name: str, default: object = None) -> Any:
         """Return an argument by the other tool's name, and mark it as used."""
         self.used.add(name)
         return self.arguments.values.get(name, default)
@@ -174,7 +174,7 @@ class Draft:
             return None
         return found.value[self.method] if isinstance(found.value, dict) else found.value
 
-    def write(self, key: str, value: Any, comment: str | None = None) -> None:
+    def write(self, key: str, value: object, comment: str | None = None) -> None:
         """Set our key. The comment is by default the argument or the default that it comes from."""
         name = self.name(key)
         if key in self.given_elsewhere:
@@ -253,5 +253,5 @@ def whole(draft: Draft, key: str) -> int:
     raise draft.refuse(name, "a number above 0 is needed here")
 
 
-def without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def without(values: Mapping[str, object], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}

@@ -194,7 +194,7 @@ def read_command(
         raise ConfigError(
             [f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"]
         )
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     origins: dict[str, str] = {}
     if tool_hint != "minimind" and (file := _configuration(rest, flags)) is not None:
         flags.pop("config", None)
@@ -226,7 +226,7 @@ def _find_program(words: Sequence[str], source: str) -> tuple[int, str, str | No
     return -1, "", None
 
 
-def _configuration(rest: Sequence[str], flags: Mapping[str, Any]) -> str | None:
+def _configuration(rest: Sequence[str], flags: Mapping[str, object]) -> str | None:
     """Return the file that a command takes its arguments from: its first word, or --config."""
     named = flags.get("config", rest[0] if rest else None)
     return (
@@ -236,7 +236,7 @@ def _configuration(rest: Sequence[str], flags: Mapping[str, Any]) -> str | None:
     )
 
 
-def _configuration_values(path: Path, source: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _configuration_values(path: Path, source: str) -> tuple[dict[str, object], dict[str, str]]:
     try:
         return _read_values(decode(read_bounded(path)), path)
     except (OSError, UnicodeDecodeError) as error:
@@ -338,7 +338,7 @@ def _starts_training(words: Sequence[str]) -> bool:
     return False
 
 
-def _flags(words: Sequence[str]) -> dict[str, Any]:
+def _flags(words: Sequence[str]) -> dict[str, object]:
     """Return the flags of a command as {name: value}.
 
     Accepts --name value, --name=value, --name alone (true) and --name with several values (a

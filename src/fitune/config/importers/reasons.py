@@ -4,16 +4,15 @@ An argument name means the same in every tool that has it, so the tools share on
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 
-def _none_of(names: str) -> dict[str, tuple[Any, ...]]:
+def _none_of(names: str) -> dict[str, tuple[object, ...]]:
     return dict.fromkeys(names.split(), ())
 
 
 # An argument that is off or has one of the listed values is plain supervised fine-tuning. Any other
 # value is a different training, which an import must not silently turn into this one.
-_OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
+_OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
     "fitune is for supervised fine-tuning alone": {
         "stage": ("sft", "pt"),
         "rl": ("sft",),
@@ -94,7 +93,7 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
         "curriculum_sampling loss_weights"
     ),
 }
-OTHER_TRAINING: Mapping[str, tuple[tuple[Any, ...], str]] = {
+OTHER_TRAINING: Mapping[str, tuple[tuple[object, ...], str]] = {
     name: (plain, reason)
     for reason, names in _OTHER_TRAINING.items()
     for name, plain in names.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-Rows = Mapping[str, Mapping[str, tuple[str, Any]]]
+Rows = Mapping[str, Mapping[str, tuple[str, object]]]
 
 
 def _names(text: str) -> frozenset[str]:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fitune.config.importers.data import put_data
 from fitune.config.importers.draft import Draft, check_arguments, is_off, whole
@@ -289,7 +288,7 @@ def _minimind_model(draft: Draft, weight: str) -> None:
         directory = draft.value("run.output")
         path = f"{directory}/{weight}_{width}{'_moe' if is_moe else ''}.pth"
         draft.write("model.source", path, f"save_dir, from_weight {weight}, {size}")
-        shape: tuple[str, Any] = (
+        shape: tuple[str, object] = (
             ("model.shape.preset", preset) if preset else ("model.shape.num_heads", 8)
         )
         draft.write(*shape, "a .pth does not tell the heads")

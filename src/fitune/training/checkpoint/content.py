@@ -157,7 +157,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _as_text(value: Any) -> Any:
+def _as_text(value: object) -> Any:
     """Replace numbers that are not finite, which JSON does not have, by text."""
     if isinstance(value, Mapping):
         return {name: _as_text(item) for name, item in value.items()}
@@ -166,7 +166,7 @@ def _as_text(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _as_numbers(value: Any) -> Any:
+def _as_numbers(value: object) -> Any:
     """Undo `_as_text`."""
     if isinstance(value, Mapping):
         return {name: _as_numbers(item) for name, item in value.items()}
