@@ -18,14 +18,14 @@ class HelpText(DefaultFormatter):
             panel = panel.copy(title=say(_plain(panel.title)), entries=entries)
         super().__call__(console, options, panel)
 
-    def render_usage(self, console: Any, options: Any, usage: Any) -> None:
+    def render_usage(self, console: Any, options: Any, usage: object) -> None:
         if usage and choose_language() != "en":
             words = str(usage).strip().removeprefix("Usage:").strip()
             console.print(Text(say("Usage: {words}", words=words), style="bold"))
         else:
             super().render_usage(console, options, usage)
 
-    def render_description(self, console: Any, options: Any, description: Any) -> None:
+    def render_description(self, console: Any, options: Any, description: object) -> None:
         if description and choose_language() != "en":
             description = Text(f"{translated(_plain(description))}\n")
         super().render_description(console, options, description)

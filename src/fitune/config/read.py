@@ -439,7 +439,7 @@ def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, object] | None:
         elif (
             path[:depth] == ("data",) and isinstance(path[depth + 1], int) and len(path) > depth + 2
         ):
-            item: Mapping[str, Any] | None = _properties(DataSource).get(str(path[depth + 2]))
+            item: Mapping[str, object] | None = _properties(DataSource).get(str(path[depth + 2]))
             return item if len(path) == depth + 3 else None
         else:
             return None

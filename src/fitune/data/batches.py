@@ -163,44 +163,19 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
     An exception of `items` is raised here at the same place. When this iterator is closed or
     deleted, the thread ends and `items` is closed.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    ready: _Ready[T] = queue.Queue(depth)
     closed = threading.Event()
 
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((item, error), timeout=0.1)
-                return
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if closed.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
-        finally:
-            if isinstance(items, Generator):
-                items.close()
-
-    thread = threading.Thread(target=produce, name="fitune-prefetch", daemon=True)
+    thread = threading.Thread(
+        target=_produce, args=(items, ready, closed), name="fitune-prefetch", daemon=True
+    )
     # Without a thread each item is prepared when it is requested.
     if not start_thread(thread):
         yield from items
         return
     try:
         while True:
-            try:
-                item, error = ready.get(timeout=1)
-            except queue.Empty:
-                # Memory was too short for the thread even to report its error.
-                if not thread.is_alive() and ready.empty():
-                    raise OutOfMemoryError(
-                        "the machine's own memory ran out while a batch was prepared"
-                    ) from None
-                continue
+            item, error = _take(ready, thread)
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -209,3 +184,36 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
     finally:
         closed.set()
         thread.join()
+
+
+#: an item, or the exception that ended the iterator
+_Ready = queue.Queue[tuple[T | None, BaseException | None]]
+
+
+def _produce(items: Iterator[T], ready: _Ready[T], closed: threading.Event) -> None:
+    def put(item: T | None, error: BaseException | None) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((item, error), timeout=0.1)
+                return
+
+    try:
+        for item in items:
+            put(item, None)
+            if closed.is_set():
+                return
+        put(None, StopIteration())
+    except BaseException as error:
+        put(None, error)
+    finally:
+        if isinstance(items, Generator):
+            items.close()
+
+
+def _take(ready: _Ready[T], thread: threading.Thread) -> tuple[T | None, BaseException | None]:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ready.get(timeout=1)
+        # Memory was too short for the thread even to report its error.
+        if not thread.is_alive() and ready.empty():
+            raise OutOfMemoryError("the machine's own memory ran out while a batch was prepared")

@@ -70,7 +70,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, object] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
         """Render the messages as one text.
@@ -92,7 +92,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, object] | None = None,
         add_generation_prompt: bool = False,
         marks: bool = True,
     ) -> tuple[str, list[CharSpan]]:
@@ -117,7 +117,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, object] | None = None,
         add_generation_prompt: bool = False,
         marks: bool = False,
     ) -> tuple[str, list[CharSpan]]:
@@ -271,7 +271,7 @@ class _CallForm:
     as_text: bool | None
 
 
-def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
+def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, object]:
     """Return a tool call in this form.
 
     Raises TemplateError if the arguments are not valid JSON.
@@ -331,7 +331,7 @@ def _short_id(given_id: Any, place: str) -> str:
     ).hexdigest()[:9]
 
 
-def _framed(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _framed(tool: Mapping[str, Any]) -> dict[str, object]:
     """Return a tool wrapped in `function`, if it is not yet."""
     if "function" in tool or not isinstance(tool.get("name"), str):
         return dict(tool)
@@ -423,7 +423,7 @@ def _with_parts(message: Message) -> Message:
     )
 
 
-def _arguments(arguments: Any, *, as_text: bool) -> Any:
+def _arguments(arguments: Any, *, as_text: bool) -> object:
     if as_text:
         given = isinstance(arguments, str) and arguments.strip()
         return arguments if given else json.dumps(arguments or {}, ensure_ascii=False)

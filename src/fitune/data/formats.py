@@ -319,7 +319,7 @@ def _conversation(
 
 def _turns_of_list(row: Mapping[str, Any]) -> list[object]:
     key = next(key for key in TURN_KEYS if parsed(row.get(key)))
-    turns: list[Any] = parsed(row[key])
+    turns: list[object] = parsed(row[key])
     return turns
 
 
@@ -331,8 +331,8 @@ def _turns_of_pairs(row: Mapping[str, object]) -> list[object]:
     return _pairs(turns)
 
 
-def _pairs(pairs: Sequence[Any]) -> list[Any]:
-    turns: list[Any] = []
+def _pairs(pairs: Sequence[Any]) -> list[object]:
+    turns: list[object] = []
     for pair in pairs:
         if isinstance(pair, dict):
             system = next((pair[key] for key in SYSTEM_KEYS if pair.get(key)), None)
@@ -353,7 +353,7 @@ def _turns_of_question(row: Mapping[str, object]) -> list[object]:
     return [*_turns_before_answer(row, question_key), *_answer_turns(row, answer_key)]
 
 
-def _turns_of_prompt(row: Mapping[str, Any]) -> list[object]:
+def _turns_of_prompt(row: Mapping[str, object]) -> list[object]:
     turns = [
         {**turn, "loss_weight": 0} for turn in _turns_before_answer(row, "prompt", is_weighed=True)
     ]
@@ -389,7 +389,7 @@ def _question(row: Mapping[str, object], question_key: str) -> str:
     return "\n".join(part for key in keys if (part := text_of(row.get(key) or "", f"'{key}'")))
 
 
-def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[Any]:
+def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[object]:
     answer = row[answer_key]
     if (messages := _messages_in(answer)) is not None:
         return messages

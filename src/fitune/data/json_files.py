@@ -83,7 +83,7 @@ def _read_objects(path: Path, first: Mapping[str, object]) -> Iterator[RawRow]:
         yield from (RawRow(str(path), number, row) for number, row in enumerate(rows, 1))
 
 
-def _rows_in(value: Mapping[str, Any], path: Path) -> list[Any] | None:
+def _rows_in(value: Mapping[str, Any], path: Path) -> list[object] | None:
     """Return the rows that an object contains, or None where the object is itself a row.
 
     The object may be {"data": [...]}, have a list (or a mapping from row numbers) for each column,

@@ -76,12 +76,12 @@ def is_call(turn: object) -> bool:
     return isinstance(named, str) and named.strip().lower() in CALL_ROLES
 
 
-def joined_calls(turns: Sequence[Any]) -> list[Any]:
+def joined_calls(turns: Sequence[Any]) -> list[object]:
     """Merge tool calls that follow each other, or the text of an answer, into one message.
 
     The model generates them in one turn.
     """
-    joined: list[Any] = []
+    joined: list[object] = []
     for turn in turns:
         before = joined[-1] if joined else None
         if (
@@ -131,7 +131,7 @@ def split_results(turn: Any) -> list[object]:
     if not results:
         return [turn]
     rest = [part for part in content if part not in results]
-    split: list[Any] = [
+    split: list[object] = [
         {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")}
         for part in results
     ]
@@ -242,7 +242,7 @@ def _is_text(part: Mapping[str, object]) -> bool:
     return isinstance(part.get("text"), str) or isinstance(part.get("value"), str)
 
 
-def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[object], list[Any]]:
+def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[object], list[object], list[Any]]:
     """Split a content that is a list of typed parts into (texts, reasoning, tool calls)."""
     texts, thoughts, calls = [], [], []
     for part in parts:

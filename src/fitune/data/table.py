@@ -238,7 +238,7 @@ def _joined(parts: Iterable[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
 
 
-def _list_array(lists: Sequence[Sequence[Any]], dtype: type) -> Any:
+def _list_array(lists: Sequence[Sequence[Any]], dtype: type) -> object:
     offsets = np.zeros(len(lists) + 1, np.int32)
     np.cumsum([len(row) for row in lists], out=offsets[1:])
     values = np.concatenate([np.zeros(0, dtype), *(np.asarray(row, dtype) for row in lists)])

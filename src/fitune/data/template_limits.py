@@ -54,7 +54,7 @@ class _TookTooLong(BaseException):
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> object:
+    def call_binop(self, context: Any, operator: str, left: object, right: object) -> object:
         if isinstance(left, int) and isinstance(right, int):
             bits = (
                 left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length()

@@ -341,7 +341,9 @@ def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
     return Encoded(ids, _weighted([(0, len(ids))], [None]))
 
 
-def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+def _ids(
+    tokenizer: object, texts: list[str], *, add_special_tokens: bool = True
+) -> list[list[int]]:
     if not texts:
         return []
     ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)[

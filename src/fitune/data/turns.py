@@ -258,7 +258,7 @@ def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
     """
     if chat.tools:
         return None
-    shapes: list[tuple[Any, ...]] = []
+    shapes: list[tuple[object, ...]] = []
     for message in messages:
         content = message["content"]
         if "tool_calls" in message or "</think>" in content or content.isspace():

@@ -116,7 +116,7 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., object] | None:
         return None
 
     def rotary(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: object
     ) -> object:
         if rest or options or not _is_whole(q, k, cos) or kernels.compute_capability(q) is None:
             return own(q, k, cos, sin, *rest, **options)

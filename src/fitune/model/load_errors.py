@@ -17,13 +17,18 @@ def brings_code(model: ModelConfig) -> ModelError:
     )
 
 
+def _with_causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
 def unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelError:
     """Return a ModelError for an exception of transformers, tokenizers, gguf or safetensors."""
     if isinstance(error, ModelError):
         return error
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain = _with_causes(error)
     first = " ".join(str(error).split())[:200] or type(error).__name__
     text = " ".join(str(link) for link in chain)
     if "trust_remote_code" in text:

@@ -6,7 +6,7 @@ with the smallest micro-batch. Settings that the configuration forces are not va
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heappop, heappush
@@ -236,24 +236,6 @@ class _Search:
             if not self.forecaster.knows(choice):
                 alike.setdefault(choice.variant, []).append(choice)
 
-        def look(choices: list[Choice]) -> None:
-            second, *others = choices[1:-1] or choices[:1]
-            # two recordings with several samples each give those of all other sizes, so they
-            # are made first
-            for choice in (second, choices[-1], *others, choices[0]):
-                if not (self.skips_hopeless and self.is_hopeless(choice)):
-                    self.fits(choice)
-            # Times are found last: most of them follow from the recordings that the memory was
-            # predicted from.
-            for choice in choices:
-                if choice in self.looked_at:  # otherwise it was refused
-                    self.pricer.seconds(choice)
-
-        def look_in_copy(choices: list[Choice]) -> dict[str, object]:
-            self.notify, self.on_first = _ignore, None
-            look(choices)
-            return self.forecaster.known
-
         self.num_expected = max(self.num_expected, len({*self.looked_at, *choices}))
         parts = list(alike.values())
         if len(parts) > 1:
@@ -264,7 +246,28 @@ class _Search:
             parts.sort(
                 key=lambda part: (-recompute_period(part[0].recompute), part[0].result == "same")
             )
-        self.forecaster.learn(divide(parts, here=look, in_copy=look_in_copy) or {})
+        known = divide(parts, here=self._look_at_sizes, in_copy=self._look_in_copy)
+        self.forecaster.learn(known or {})
+        self._look_at_hopeful(choices)
+
+    def _look_at_sizes(self, choices: Sequence[Choice]) -> None:
+        """Predict settings that differ in their micro-batch alone, in the order of its size."""
+        second, *others = choices[1:-1] or choices[:1]
+        # two recordings with several samples each give those of all other sizes, so they are made
+        # first
+        self._look_at_hopeful((second, choices[-1], *others, choices[0]))
+        # Times are found last: most of them follow from the recordings that the memory was
+        # predicted from.
+        for choice in choices:
+            if choice in self.looked_at:  # otherwise it was refused
+                self.pricer.seconds(choice)
+
+    def _look_in_copy(self, choices: Sequence[Choice]) -> dict[str, object]:
+        self.notify, self.on_first = _ignore, None
+        self._look_at_sizes(choices)
+        return self.forecaster.known
+
+    def _look_at_hopeful(self, choices: Iterable[Choice]) -> None:
         for choice in choices:
             if not (self.skips_hopeless and self.is_hopeless(choice)):
                 self.fits(choice)

@@ -145,7 +145,7 @@ def _token_files(note: Note) -> Iterator[None]:
 
     memmap, fromfile = np.memmap, np.fromfile
 
-    def zeros(file: object, dtype: Any) -> Any:
+    def zeros(file: object, dtype: object) -> Any:
         if not isinstance(file, (str, os.PathLike)) or os.path.exists(file):
             return None
         note(f"assumed: {os.fspath(file)}, which is not here, holds {_NUM_TOKENS:,} tokens")

@@ -110,7 +110,7 @@ def _format(tensor: FakeTensor, spec: str) -> str:
     return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
 
 
-def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> object:
+def _deepcopy(tensor: FakeTensor, memo: dict[int, object]) -> object:
     """Copy as Tensor.__deepcopy__ does; copies of tensors that share memory do not share it."""
     if id(tensor) in memo:
         return memo[id(tensor)]

@@ -82,8 +82,8 @@ class Assumptions:
         return [*self.used, *([UNROUTED] if idle else [])]
 
     def call(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Call | None]:
+        self, func: Any, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[object, Call | None]:
         """Return the operator's result, and what is remembered of similar calls, if anything is."""
         self.patience.operator()
         traits = traits_of(func)
@@ -154,7 +154,9 @@ class Assumptions:
                     if isinstance(tensor, torch.Tensor):
                         set_origin(tensor, origin)
 
-    def _origin_of_result(self, packet: Any, args: tuple[Any, ...], result: Any) -> Origin | None:
+    def _origin_of_result(
+        self, packet: object, args: tuple[Any, ...], result: Any
+    ) -> Origin | None:
         """Return what is known about the elements of the result, or None."""
         first = args[0]
         origin = origin_of(first) if isinstance(first, torch.Tensor) else None
@@ -229,7 +231,12 @@ class Assumptions:
     # ---- answers ----
 
     def _answer(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: object, text: str
+        self,
+        func: Any,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        value: object,
+        text: str,
     ) -> object:
         """Return the true answer if the data is known, else `value`, and note the assumption."""
         if is_known(args, kwargs):
@@ -330,7 +337,7 @@ class Assumptions:
             set_origin(counts, Origin(args[0].numel() / bins))
         return counts
 
-    def _of_full_size(self, func: Any, args: tuple[Any, ...]) -> Any:
+    def _of_full_size(self, func: Any, args: tuple[Any, ...]) -> object:
         """Return outputs as large as the input.
 
         This is for operators such as unique, whose output size depends on data.

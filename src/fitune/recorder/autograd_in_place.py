@@ -48,7 +48,7 @@ class Holders(NamedTuple):
 def as_autograd_does(
     func: Any,
     args: Sequence[Any],
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     *,
     alone: Holders,
     is_new_zeros: Callable[[torch.Tensor], bool],
@@ -113,10 +113,10 @@ def count_alone() -> Holders:
         def __torch_dispatch__(
             self,
             func: Any,
-            types: Any,
-            args: tuple[Any, ...] = (),
-            kwargs: dict[str, Any] | None = None,
-        ) -> Any:
+            types: object,
+            args: tuple[object, ...] = (),
+            kwargs: dict[str, object] | None = None,
+        ) -> object:
             if func is _ADD:
                 count_first_of(func, args)
             return func(*args, **(kwargs or {}))

@@ -47,9 +47,9 @@ def building(assumptions: Assumptions) -> Iterator[None]:
 
 def _reads_no_weights(modeling: Any) -> AbstractContextManager[Any]:
     """Let from_pretrained of transformers.modeling_utils build models on the meta device."""
-    from_pretrained: Callable[..., Any] = modeling.PreTrainedModel.from_pretrained.__func__
+    from_pretrained: Callable[..., object] = modeling.PreTrainedModel.from_pretrained.__func__
 
-    def shapes(cls: type, *args: Any, **options: Any) -> Any:
+    def shapes(cls: type, *args: Any, **options: Any) -> object:
         return from_pretrained(cls, *args, **(options | {"device_map": "meta"}))
 
     return patch.object(modeling.PreTrainedModel, "from_pretrained", classmethod(shapes))
@@ -67,8 +67,8 @@ class OnMeta(TorchFunctionMode):
         func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         if func in (Tensor.cuda, Tensor.cpu):
             return args[0]
@@ -98,9 +98,9 @@ class _Reads(TorchDispatchMode):
         self,
         func: Any,
         types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         return self._assumptions.call(func, args, kwargs or {})[0]
 
 

@@ -53,7 +53,7 @@ class Placement(TorchFunctionMode):
         func: Any,
         types: object,
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if (
@@ -105,7 +105,7 @@ class Placement(TorchFunctionMode):
         with self:
             return hook(value)
 
-    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def _make(self, func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         device = kwargs.get("device")
         kwargs = {**kwargs, "device": as_cpu(device)} if device is not None else kwargs
         place: Place = "card" if _is_card(device) else "host"
@@ -198,8 +198,8 @@ class NoCard(TorchFunctionMode):
         self,
         func: Any,
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
@@ -244,7 +244,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
     def saved_tensors_hooks_init(
-        self: Any, pack: Callable[[object], Any], unpack: Callable[[object], Any]
+        self: Any, pack: Callable[[object], object], unpack: Callable[[object], object]
     ) -> None:
         hooks_init(self, partial(placement.call_hook, pack), partial(placement.call_hook, unpack))
 

@@ -285,7 +285,7 @@ def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: object) ->
         MathAttention.runs = False
 
 
-def with_grouped_heads(args: Sequence[Any], result: Any) -> Any:
+def with_grouped_heads(args: Sequence[Any], result: Any) -> object:
     """Return the efficient kernel's gradients with as many key and value heads as the inputs have.
 
     The installed PyTorch may compute those gradients for every query head.

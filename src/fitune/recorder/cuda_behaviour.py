@@ -142,8 +142,8 @@ def _autocast_rules() -> Iterator[tuple[str, Callable[..., Any]]]:
         yield name, _decomposing(_overload(name))
 
 
-def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., Any]:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., object]:
+    def kernel(*args: Any, **kwargs: Any) -> object:
         tensors = list(_float_tensors((args, tuple(kwargs.values()))))
         dtype = dtype_of(tensors) if tensors else torch.float32
         with _without_autocast():
@@ -162,13 +162,13 @@ def _widest(tensors: list[Tensor]) -> torch.dtype:
     )
 
 
-def _with_float32_output(op: Any) -> Callable[..., Any]:
+def _with_float32_output(op: Any) -> Callable[..., object]:
     """Wrap an operator as fp32_set_opt_dtype does.
 
     Its kernel reads 16 bits and writes float32, unless the call names another dtype.
     """
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+    def kernel(*args: Any, **kwargs: object) -> object:
         names = [argument.name for argument in op._schema.arguments]
         positional = dict(zip(names, args, strict=False))
         if args[0].dtype in _16_BIT and kwargs.get("dtype", positional.get("dtype")) is None:
@@ -180,8 +180,8 @@ def _with_float32_output(op: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _decomposing(op: Any) -> Callable[..., Any]:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+def _decomposing(op: Any) -> Callable[..., object]:
+    def kernel(*args: Any, **kwargs: object) -> object:
         return op.decompose(*args, **kwargs)  # autocast applies to the parts
 
     return kernel
@@ -246,8 +246,8 @@ class CudaKernels:
         self._threads_with_workspace: frozenset[bool] = frozenset()
 
     def call(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Call | None]:
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, object]
+    ) -> tuple[object, Call | None]:
         if (
             func is _ADD
             and MathAttention.runs
@@ -280,8 +280,8 @@ class CudaKernels:
         self._threads_with_workspace = frozenset()
 
     def allocations(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        self, func: Any, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], Sequence[Allocation]] | None:
         """Return the operator's arguments and its allocation steps; None if no rule applies."""
         rule = rule_of(func)
         if rule is None:
@@ -311,7 +311,7 @@ class CpuKernels:
     def forget_workspaces(self) -> None:
         pass
 
-    def allocations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def allocations(self, func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         return None
 
 

@@ -126,30 +126,34 @@ def _order(shape: Sequence[int], stride: Sequence[int], outputs: Sequence[int]) 
     another sort could give another result.
     """
     order = list(reversed(range(len(shape))))
-
-    def should_swap(first: int, second: int) -> int:
-        if (outputs[first] == 0) != (outputs[second] == 0):
-            return 1 if outputs[second] == 0 else -1
-        for strides in (outputs, stride):
-            a, b = strides[first], strides[second]
-            if a == 0 or b == 0:
-                continue
-            if a != b:
-                return -1 if a < b else 1
-            if shape[first] > shape[second]:
-                return 1
-        return 0
-
+    dims = list(zip(shape, outputs, stride, strict=True))
     for i in range(1, len(order)):
         later = i
         for earlier in range(i - 1, -1, -1):
-            comparison = should_swap(order[earlier], order[later])
+            comparison = _should_swap(dims[order[earlier]], dims[order[later]])
             if comparison > 0:
                 order[earlier], order[later] = order[later], order[earlier]
                 later = earlier
             elif comparison < 0:
                 break
     return order
+
+
+def _should_swap(first: tuple[int, int, int], second: tuple[int, int, int]) -> int:
+    """Compare two dims as TensorIterator does: 1 to swap them, -1 to leave them, 0 for unknown.
+
+    A dim is its size, its stride in the output, 0 where it is reduced, and in the input.
+    """
+    if (first[1] == 0) != (second[1] == 0):
+        return 1 if second[1] == 0 else -1
+    for a, b in zip(first[1:], second[1:], strict=True):
+        if a == 0 or b == 0:
+            continue
+        if a != b:
+            return -1 if a < b else 1
+        if first[0] > second[0]:
+            return 1
+    return 0
 
 
 def _can_merge(before: Sequence[int], size: int, read: int, written: int) -> bool:

@@ -74,7 +74,7 @@ def forget_data(tensor: torch.Tensor) -> None:
 
 
 def set_factory_data(
-    tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tensor: torch.Tensor, func: object, args: tuple[Any, ...], kwargs: dict[str, object]
 ) -> None:
     """Set the data of a tensor that the factory call `func(*args, **kwargs)` returned."""
     if (
@@ -182,7 +182,7 @@ def _tensors(tree: object) -> list[torch.Tensor]:
     return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 
-def _written(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+def _written(func: Any, args: tuple[object, ...]) -> list[torch.Tensor]:
     """Return the fake and meta tensors among the arguments that the operator writes into."""
     pairs = zip(func._schema.arguments, args, strict=False)
     return [

@@ -49,7 +49,7 @@ def _varlen(products: int, longest: int) -> Callable[[Any, object], int]:
     has, which is argument number `longest`.
     """
 
-    def flops(args: Any, _: Any) -> int:
+    def flops(args: Any, _: object) -> int:
         return products * 2 * _size(args[0]) * int(args[longest])
 
     return flops
@@ -63,7 +63,7 @@ def _on_cpu(products: int, query: int) -> Callable[[Any, object], int]:
     return lambda args, _: products * 2 * _size(args[query]) * int(args[query + 1].shape[-2])
 
 
-def _grouped(args: Any, _: Any) -> int:
+def _grouped(args: Any, _: object) -> int:
     """Return the operations of a grouped product, where each group of tokens has its own matrix.
 
     For the gradient of the weights, the groups share the columns.
@@ -71,12 +71,12 @@ def _grouped(args: Any, _: Any) -> int:
     return 2 * _size(args[0]) * int(args[1].shape[-1])
 
 
-def _added(args: Any, _: Any) -> int:
+def _added(args: Any, _: object) -> int:
     """Return the operations of a product that is added in place, unknown to the registry."""
     return 2 * _size(args[1]) * int(args[2].shape[-1])
 
 
-def _convolution_backward(args: Any, _: Any) -> int:
+def _convolution_backward(args: Any, _: object) -> int:
     """Return the operations for the gradients of the input and of the weight.
 
     The weight is [out, in / groups, *kernel]. Only those gradients are counted that are requested;
@@ -108,7 +108,7 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel()
 
 
-def _looked_up(args: Any, outputs: Any) -> int:
+def _looked_up(args: Any, outputs: object) -> int:
     """Return the bytes where each element of the result is read from where the indices say."""
     return 2 * bytes_of(outputs) + bytes_of(args[1:])
 

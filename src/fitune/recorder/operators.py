@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def by_operator(find: Callable[[Any], T]) -> Callable[[Any], T]:
+def by_operator(find: Callable[[Any], T]) -> Callable[[object], T]:
     """As functools.cache, for functions of an OpOverload: its hash is computed in Python each time, its id is not."""
-    found: dict[int, tuple[Any, T]] = {}
+    found: dict[int, tuple[object, T]] = {}
 
     def look_up(func: Any) -> T:
         known = found.get(id(func))

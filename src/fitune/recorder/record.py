@@ -302,9 +302,9 @@ def _without_compilation() -> Iterator[list[Any]]:
 
     What was compiled before runs uncompiled. Everything that was not compiled is put into the list.
     """
-    ignored: list[Any] = []
+    ignored: list[object] = []
 
-    def compile_function(function: Any = None, **_: Any) -> Any:
+    def compile_function(function: Any = None, **_: object) -> object:
         if function is None:
             return compile_function
         # what a library compiles when it is imported need not be a part of the step
@@ -312,10 +312,10 @@ def _without_compilation() -> Iterator[list[Any]]:
             ignored.append(function)
         return function
 
-    def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
+    def compile_module(module: nn.Module, *_: Any, **__: object) -> None:
         ignored.append(module)
 
-    def uncompiled(callback: Any) -> Any:
+    def uncompiled(callback: Any) -> object:
         if callback not in (None, False):
             ignored.append(callback)
         return None
@@ -411,7 +411,7 @@ def _fake_tensors_pass_as_real(*, checks_indices: bool) -> Iterator[None]:
         yield
 
 
-def _takes_as_real(module: Any) -> AbstractContextManager[Any]:
+def _takes_as_real(module: Any) -> AbstractContextManager[object]:
     # versions of transformers that lack this function tell no tensors apart
     return patch.object(module, "is_fake_tensor", lambda _: False, create=True)
 

@@ -38,7 +38,7 @@ class ScratchFiles:
         """Redirect all files of this block."""
         real_open, os_open = builtins.open, os.open
 
-        def open_file(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        def open_file(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> object:
             changes = any(letter in mode for letter in "wax+")
             return real_open(self._place(file, changes), mode, *arguments, **options)
 
@@ -108,18 +108,18 @@ class ScratchFiles:
             return path
         return scratch
 
-    def _reading(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _reading(self, call: Callable[..., Any]) -> Callable[..., object]:
         return lambda path=".", *arguments, **options: call(
             self._place(path, False), *arguments, **options
         )
 
-    def _making(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _making(self, call: Callable[..., Any]) -> Callable[..., object]:
         return lambda path, *arguments, **options: call(
             self._place(path, True), *arguments, **options
         )
 
-    def _removing(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def remove(path: Any, *arguments: Any, **options: Any) -> None:
+    def _removing(self, call: Callable[..., Any]) -> Callable[..., object]:
+        def remove(path: Any, *arguments: object, **options: object) -> None:
             place = self._place(path, False)
             if place is path and self._is_file_outside(path):
                 return  # a file of the user's stays where it is
@@ -127,8 +127,8 @@ class ScratchFiles:
 
         return remove
 
-    def _moving(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def move(source: Any, target: Any, *arguments: Any, **options: Any) -> None:
+    def _moving(self, call: Callable[..., Any]) -> Callable[..., object]:
+        def move(source: Any, target: Any, *arguments: object, **options: object) -> None:
             place = self._place(source, False)
             if place is source and self._is_file_outside(source):
                 shutil.copyfile(source, self._place(target, True))
@@ -137,8 +137,8 @@ class ScratchFiles:
 
         return move
 
-    def _listing(self, call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        def listdir(path: Any = ".") -> list[Any]:
+    def _listing(self, call: Callable[..., list[Any]]) -> Callable[..., list[object]]:
+        def listdir(path: Any = ".") -> list[object]:
             place = self._place(path, False)
             if place is path:
                 return call(path)

@@ -74,8 +74,8 @@ def models_of_configs(
     """
 
     def from_pretrained(
-        cls: Any, /, name: Any, *_: object, config: Any = None, **options: object
-    ) -> Any:
+        cls: Any, /, name: object, *_: object, config: Any = None, **options: object
+    ) -> object:
         _refuse_quantised(options)
         if config is None or isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(name if config is None else config)

@@ -62,7 +62,7 @@ class ShapeMemory:
 
     def __init__(self) -> None:
         self._calls: dict[tuple[Any, ...], Call] = {}
-        self._attributes: dict[str, Any] = {}
+        self._attributes: dict[str, object] = {}
 
     def serve(self, mode: FakeTensorMode) -> None:
         """Make fake tensors of `mode` from now on."""
@@ -71,7 +71,7 @@ class ShapeMemory:
         self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
     def call(
-        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, object]
     ) -> tuple[Any, Call | None]:
         """Return the operator's result, and the memory of such calls, None without one."""
         if not _is_by_shape(func):
@@ -89,7 +89,7 @@ class ShapeMemory:
             return result, known
         return func(*args, **kwargs) if known.make is None else known.make(args), known
 
-    def _imitate(self, func: Operator, args: tuple[Any, ...], result: Any) -> _Make | None:
+    def _imitate(self, func: Operator, args: tuple[Any, ...], result: object) -> _Make | None:
         """Return how to make such a result from such arguments, None if it cannot be imitated."""
         if result is None:
             return lambda _: None
@@ -157,12 +157,12 @@ class ShapeMemory:
         return make
 
 
-def _key(values: Any) -> list[Any]:
+def _key(values: Any) -> list[object]:
     """Return what the result of a call depends on.
 
     Raises _CannotRememberError for real tensors, and for fake ones with a known value.
     """
-    key: list[Any] = []
+    key: list[object] = []
     for value in values:
         if isinstance(value, FakeTensor):
             if value.constant is not None:

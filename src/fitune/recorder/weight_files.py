@@ -29,7 +29,9 @@ def weight_files(put: Put) -> Iterator[None]:
     """Read the files that this block opens into host memory; return tensors through `put`."""
     load = torch.load
 
-    def load_on_host(file: Any, map_location: object = None, *args: Any, **options: Any) -> object:
+    def load_on_host(
+        file: Any, map_location: object = None, *args: object, **options: Any
+    ) -> object:
         with on_host():
             content = load(file, "cpu", *args, **options)
         return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)

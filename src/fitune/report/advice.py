@@ -261,7 +261,7 @@ def _as_planned(
     )
 
 
-def _time_gain(chosen: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+def _time_gain(chosen: Mapping[str, object], other: Mapping[str, Any]) -> float | None:
     """Return how much faster the other candidate is predicted to be: 0.1 for ten per cent."""
     before = chosen.get("predicted_seconds_per_step")
     after = other.get("predicted_seconds_per_step")

@@ -372,12 +372,12 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _last_pass(entries: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], int | None]:
+def _last_pass(entries: Sequence[dict[str, Any]]) -> tuple[list[dict[str, object]], int | None]:
     """Return the entries without those that a restart of the training replaced.
 
     Also returns the first step after the last restart, or None if there was no restart.
     """
-    remaining: list[dict[str, Any]] = []
+    remaining: list[dict[str, object]] = []
     restart = None
     for entry in entries:
         if remaining and entry["step"] < remaining[-1]["step"]:

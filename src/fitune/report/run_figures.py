@@ -68,7 +68,7 @@ def planned_candidate(run: RecordedRun) -> Mapping[str, Any] | None:
     if not candidates:
         return None
     index = chosen if isinstance(chosen, int) and chosen < len(candidates) else 0
-    found: Mapping[str, Any] = candidates[index]
+    found: Mapping[str, object] = candidates[index]
     return found
 
 

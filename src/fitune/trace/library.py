@@ -104,6 +104,21 @@ class Recordings:
             found = self._derive(config, passes, family, shape, target=target)
             if found is not None:
                 return family.repeat(shape, replace(columns, recording=found, layout=layouts.train))
+        return self._record_point(config, passes, families, same_structure, target=target)
+
+    def _record_point(
+        self,
+        config: RunConfig,
+        passes: Sequence[Pass],
+        families: list[RecordingFamily],
+        same_structure: Sequence[RecordingFamily],
+        *,
+        target: CudaTarget | None,
+    ) -> ColumnsOfStep | None:
+        """Record a few layers and chunks, as a point of one of the families or as a new family.
+
+        same_structure: the families that it may belong to
+        """
         layers = self._layers_to_record(config.model)
         num_layers = None if layers is None else layers.num_recorded
         columns = self._record(config, passes, target=target, num_layers=num_layers)

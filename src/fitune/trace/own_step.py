@@ -32,7 +32,7 @@ from fitune.recorder.record import RecordedModel, RecordSettings, Step
 from fitune.recorder.recorder import Recorder
 from fitune.recorder.recording import Recording, sum_work, to_trace
 from fitune.recorder.shape_cache import ShapeMemory
-from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
+from fitune.step.assemble import Layout, Packing, Setup, assemble, choose_layouts, choose_packing
 from fitune.step.evaluate import evaluate
 from fitune.step.optimizer_state import create_state
 from fitune.step.work import train_step
@@ -214,6 +214,14 @@ def model_for(
     return RecordedModel(build, settings, prepare=prepare, shapes=shapes, patience=patience)
 
 
+def _create_state(setup: Setup, recorder: Recorder, device: torch.device) -> None:
+    with recorder.creating_state():
+        create_state(setup.optimizer)
+        if setup.scaler is not None:
+            # a run scales a loss in its trial before the first step
+            setup.scaler.scale(torch.zeros((), device=device))
+
+
 def record_columns_of_step(
     config: RunConfig,
     passes: Sequence[Pass],
@@ -274,11 +282,7 @@ def record_columns_of_step(
         def step() -> None:
             kind, micro_batches = next(remaining_steps)
             if kind == "state":
-                with recorders[0].creating_state():
-                    create_state(setup.optimizer)
-                    if setup.scaler is not None:
-                        # a run scales a loss in its trial before the first step
-                        setup.scaler.scale(torch.zeros((), device=here))
+                _create_state(setup, recorders[0], here)
                 if target is not None:
                     # a run empties the cache after its trials
                     recorders[0].empty_cache()

@@ -102,7 +102,7 @@ def read_history(path: Path, *, device: int = 0) -> Snapshot:
 
 
 def _events(
-    actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
+    actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, object]]
 ) -> Iterator[MemoryEvent]:
     numbers = count(1)
     streams: dict[int, int] = {}

@@ -227,7 +227,7 @@ def _refuse_axolotl_source(draft: Draft, path: object, item: Mapping[str, object
 def _pop_axolotl_columns(options: dict[str, Any]) -> dict[str, str]:
     """Remove the column names of a source from `options`; return {our name: its name}."""
     kind = options.get("type")
-    named: dict[str, Any] = {}
+    named: dict[str, object] = {}
     if isinstance(kind, dict):
         names = {
             "field_instruction": "prompt",

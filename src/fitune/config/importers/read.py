@@ -365,7 +365,7 @@ def _read_board(
     values: Mapping[str, Any], origins: Mapping[str, str], source: str
 ) -> ToolArguments:
     """Convert a file that LLaMA Board saved into the LLaMA-Factory arguments that it stands for."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     places: dict[str, str] = {}
     for field, value in values.items():
         name = _BOARD_FIELDS.get(field, field.partition(".")[2] or field)
