@@ -121,7 +121,7 @@ class NormRecorder:
         """Drop all norms, because the step begins again."""
         self._micro, self._weights = [], []
 
-    def kept(self) -> tuple[torch.Tensor, tuple[float, ...]]:
+    def recorded(self) -> tuple[torch.Tensor, tuple[float, ...]]:
         """Return the norms and weights of the kept micro-batches.
 
         The norms are float32 [2 a] on the device for a micro-batches: norm and weighted norm of
@@ -135,7 +135,7 @@ class NormRecorder:
         return values, tuple(self._weights)
 
     def take(self, values: Sequence[float], weights: Sequence[float]) -> None:
-        """Replace the norms by those of all processes, in the form that `kept` returns."""
+        """Replace the norms by those of all processes, in the form that `recorded` returns."""
         self._micro = list(torch.tensor(values, device=self._parameters[0].device).reshape(-1, 2))
         self._weights = list(weights)
 

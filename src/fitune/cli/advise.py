@@ -10,6 +10,8 @@ from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
 from fitune.cli.output import Format, console, print_json, print_text, table
 from fitune.language import say
+from fitune.report.advice import advise as find_advice
+from fitune.report.compare import compare
 
 
 def advise(
@@ -20,7 +22,7 @@ def advise(
             help="the run to advise on, its directory or name, or a report with it first",
         ),
     ],
-    *beside: Runs,
+    *others: Runs,
     output_format: Format = "auto",
 ) -> None:
     """Rank changes to a run by their effect on memory and speed.
@@ -28,10 +30,7 @@ def advise(
     Each change says whether the training result stays the same, on which evidence it rests, and
     which command makes it. The other runs serve as evidence.
     """
-    from fitune.report.advice import advise as find_advice
-    from fitune.report.compare import compare
-
-    comparison = compare([run_path(each) for each in (run, *beside)])
+    comparison = compare([run_path(each) for each in (run, *others)])
     found = find_advice(comparison.rows[0].run, comparison)
     if output_format == "json":
         print_json({"run": comparison.rows[0].name, "advice": [asdict(each) for each in found]})

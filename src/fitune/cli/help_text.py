@@ -42,11 +42,11 @@ def _translated_entry(entry: HelpEntry) -> HelpEntry:
     """
     text = _plain(entry.description or "")
     with_key = _WITH_KEY.fullmatch(text)
-    told = translated(text)
-    if with_key and told == text:
-        told = f"{translated(with_key[1])}（{with_key[2]}）"
+    description = translated(text)
+    if with_key and description == text:
+        description = f"{translated(with_key[1])}（{with_key[2]}）"
     if entry.choices:
-        told += say(" (one of {choices})", choices=", ".join(entry.choices))
+        description += say(" (one of {choices})", choices=", ".join(entry.choices))
     if entry.required:
-        told += say(" (required)")
-    return entry.copy(description=Text(told), choices=(), required=False)
+        description += say(" (required)")
+    return entry.copy(description=Text(description), choices=(), required=False)

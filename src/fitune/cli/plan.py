@@ -3,22 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, Screen, console, print_json, print_text, warn
+from fitune.cli.plan_snapshot import show_snapshot
+from fitune.cli.plan_splits import compare_splits
+from fitune.cli.plan_table import first_answer_text, show_measured, show_plan
+from fitune.cli.plan_trainer import plan_trainer
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
-from fitune.importing import collections_paused
 from fitune.language import say
 from fitune.model.source import check_source
+from fitune.planning.choices import settings_of_candidate
 from fitune.planning.limits import NO_DATA
-
-if TYPE_CHECKING:
-    from fitune.planning.plan import Candidate, Plan
-
+from fitune.planning.optimizer_facts import unusual_rate
+from fitune.planning.plan import Candidate, Plan, does_not_fit, plan_json
+from fitune.planning.search import choose_plan
 
 _MEMORY = Group("Memory", sort_key=2)
 _SETTINGS = Group("Which settings", sort_key=3)
@@ -115,15 +118,11 @@ def plan(
         }
     )
     if snapshot is not None:
-        from fitune.cli.plan_snapshot import show_snapshot
-
         if words or flags != ConfigFlags():
             raise UsageError("--snapshot shows what has happened: give no configuration with it")
         show_snapshot(Path(snapshot), output_format)
         return
     if trainer is not None:
-        from fitune.cli.plan_trainer import plan_trainer
-
         if words or flags != ConfigFlags():
             raise UsageError("--trainer takes the place of a configuration: give one of them")
         plan_trainer(trainer, gpu=gpu, output_format=output_format)
@@ -136,21 +135,11 @@ def plan(
     words, flags, given = _accept_model(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
     check_source(config.model.source)
-    with collections_paused():
-        from fitune.planning.optimizer_facts import unusual_rate
     if (message := unusual_rate(config.optim, config.model.method)) is not None:
         warn(message)
     if splits is not None:
-        from fitune.cli.plan_splits import compare_splits
-
         compare_splits(config, splits, output_format)
         return
-    with collections_paused():
-        from fitune.cli.plan_table import first_answer_text, show_measured, show_plan
-        from fitune.planning.choices import settings_of_candidate
-        from fitune.planning.plan import does_not_fit, plan_json
-        from fitune.planning.search import choose_plan
-
     screen = Screen(stderr=True)
     is_watched = screen.is_terminal and apply is None and output_format in ("auto", "human")
     with screen.status(say("planning")) as status:
@@ -236,7 +225,7 @@ def _settings_text(settings: Sequence[str]) -> str:
     return " ".join(settings) or "as configured"
 
 
-def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
+def _candidate(plan: Plan, number: int, *, every: bool) -> Candidate:
     """Return a candidate by its number in the table, which counts from 0. Raises UsageError."""
     if not 0 <= number < len(plan.candidates):
         more = "" if every else ", or --all with the number of a table that --all has shown"

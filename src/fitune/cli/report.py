@@ -10,6 +10,10 @@ from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
 from fitune.cli.output import OUTPUT, Format, make_directory, output_file, print_json, print_text
 from fitune.errors import UsageError
+from fitune.report.charts import pictures
+from fitune.report.compare import compare
+from fitune.report.page import write_page
+from fitune.report.png import write_png
 from fitune.run.directory import RunDirectory
 
 
@@ -45,11 +49,6 @@ def report(
     given = None if output is None else output_file(output, example="report.html")
     if lang is not None:
         os.environ["FITUNE_LANG"] = lang
-    from fitune.report.charts import pictures
-    from fitune.report.compare import compare
-    from fitune.report.page import write_page
-    from fitune.report.png import write_png
-
     runs = tuple(map(run_path, runs))
     comparison = compare(runs)
     inside = RunDirectory(runs[0]).report if runs[0].is_dir() else Path("report.html")

@@ -9,15 +9,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments
+from fitune.cli.compare import show_comparison
 from fitune.cli.output import Format, console, print_aside, print_json, print_text, warn
 from fitune.config import RunConfig, config_hash
 from fitune.errors import ConfigError, DoesNotFitError, FituneError, InterruptedRunError, UsageError
 from fitune.language import translated
+from fitune.planning.plan import plan_json
+from fitune.planning.search import choose_plan
+from fitune.report.compare import Comparison, compare
+from fitune.report.page import write_page
+from fitune.report.tables import comparison_json
 from fitune.run.directory import RunDirectory, read_run, write_json
 from fitune.run.sweep import (
     Entry,
@@ -30,9 +36,6 @@ from fitune.run.sweep import (
     write_states,
 )
 from fitune.units import format_bytes
-
-if TYPE_CHECKING:
-    from fitune.report.compare import Comparison
 
 States = dict[str, dict[str, Any]]
 
@@ -104,9 +107,6 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
 
 def plan_content(config: RunConfig) -> dict[str, object]:
     """Return {plan, state}, or {plan, plan_fault} if planning fails. The run is still tried then."""
-    from fitune.planning.plan import plan_json
-    from fitune.planning.search import choose_plan
-
     try:
         plan = choose_plan(config, search="fastest")
     # Any exception will do: a model that cannot be recorded can still be trained.
@@ -195,23 +195,16 @@ def _ignore_interrupts() -> Iterator[None]:
 
 
 def _finish(found: Sweep, states: States, output_format: str) -> None:
-    from fitune.report.compare import compare
-    from fitune.report.page import write_page
-
     comparison: Comparison = compare([found.directory])
     page = found.directory / "report.html"
     write_page(comparison, page)
     if output_format == "json":
-        from fitune.report.tables import comparison_json
-
         print_json(
             {"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)}
         )
     elif output_format == "quiet":
         print_text(page)
     else:
-        from fitune.cli.compare import show_comparison
-
         show_comparison(comparison, console(output_format))
         print_text(translated(f"\nreport  {page}"))
     failed = [name for name, state in states.items() if state["state"] == "failed"]

@@ -40,10 +40,10 @@ def with_aliases(schema: dict[str, Any]) -> dict[str, object]:
     for alias, key in OWN_PATHS.items():
         reference = schema["properties"][key[0]]["$ref"].rpartition("/")[2]
         properties = schema["$defs"][reference]["properties"]
-        told = dict(properties[key[1]]) | {
+        entry = dict(properties[key[1]]) | {
             "description": f"another name of {'.'.join(map(str, key))}"
         }
         if alias == ("model", "gradient_checkpointing"):
-            told["anyOf"] = [*told["anyOf"], {"type": "boolean"}]
-        properties[alias[1]] = told
+            entry["anyOf"] = [*entry["anyOf"], {"type": "boolean"}]
+        properties[alias[1]] = entry
     return schema

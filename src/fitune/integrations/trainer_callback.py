@@ -158,7 +158,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if not self._is_open:
             return
-        self._peak = larger_peak(self._peak, read_peak(self._device).beside(self._program_bytes))
+        self._peak = larger_peak(
+            self._peak, read_peak(self._device).without_program(self._program_bytes)
+        )
         self._monitor.reached(state.global_step, progress=_progress(state))
 
     def on_log(

@@ -37,7 +37,7 @@ from fitune.boundary import bounded
 from fitune.errors import UsageError
 from fitune.integrations.versions import check_alone, check_trainer
 from fitune.machine.devices import this_machine
-from fitune.recorder.assumptions import tell_data
+from fitune.recorder.assumptions import provide_data
 from fitune.recorder.record import Build, Loop, Step
 from fitune.recorder.script_libraries import models_of_configs
 from fitune.recorder.triton_kernels import triton_kernels
@@ -123,7 +123,7 @@ class HeaviestBatch:
             if isinstance(value, torch.Tensor):
                 placed[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value).to(device)
                 if isinstance(placed[name], FakeTensor):
-                    tell_data(placed[name], value)
+                    provide_data(placed[name], value)
         return placed
 
 

@@ -40,7 +40,7 @@ class MemoryPeak:
     #: shrink by itself); on a CPU, the peak of the resident set
     device_bytes: int | None = None
 
-    def beside(self, program_bytes: int | None) -> "MemoryPeak":
+    def without_program(self, program_bytes: int | None) -> "MemoryPeak":
         """Return the peak without the program's own memory, on a CPU.
 
         There the resident memory above the program takes the place of what PyTorch reserves on a
@@ -51,8 +51,8 @@ class MemoryPeak:
         """
         if program_bytes is None or self.device_bytes is None:
             return self
-        beside_bytes = self.device_bytes - program_bytes
-        return replace(self, reserved_bytes=beside_bytes if beside_bytes > 0 else None)
+        above_bytes = self.device_bytes - program_bytes
+        return replace(self, reserved_bytes=above_bytes if above_bytes > 0 else None)
 
 
 def choose_device() -> torch.device:

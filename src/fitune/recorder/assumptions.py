@@ -53,7 +53,7 @@ _SPARSE = (
 _NO_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+def provide_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Set the values that a fake tensor of a batch stands for.
 
     Examples are a mask without padding and the position ids of packed samples.

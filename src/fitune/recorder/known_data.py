@@ -1,6 +1,6 @@
 """Track what is known about the elements of tensors that have no data.
 
-A loop may set a fake tensor's data (`tell_data`), or make it on the host (`card_stand_in`). Results
+A loop may set a fake tensor's data (`provide_data`), or make it on the host (`card_stand_in`). Results
 that are computed from known data alone are computed too. For other tensors, `Origin` describes what
 their elements come from.
 """

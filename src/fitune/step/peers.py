@@ -151,7 +151,7 @@ class ShardedModel(Alone):
 def _report(progress: Progress[P], missing: tuple[int, ...]) -> StepReport:
     """Move losses and norms to the host in one transfer, to send them to the other processes."""
     none = torch.zeros(0, device=progress.device)
-    norms, weights = (none, ()) if progress.norms is None else progress.norms.kept()
+    norms, weights = (none, ()) if progress.norms is None else progress.norms.recorded()
     losses = progress.losses
     host = torch.cat((torch.stack(losses).float(), norms) if losses else (norms,)).tolist()
     return StepReport(

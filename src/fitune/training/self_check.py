@@ -50,7 +50,7 @@ class SelfCheck:
 
     def measured(self, peak: MemoryPeak) -> MemoryPeak:
         """Convert a measured peak to what is predicted: on a CPU, subtract the program itself."""
-        return peak.beside(self.program_bytes)
+        return peak.without_program(self.program_bytes)
 
     def compare(self, measured: MemoryPeak) -> tuple[str, bool]:
         """Return a message with prediction and measurement, and whether they agree.
