@@ -52,7 +52,7 @@ def check(
     if words and "=" not in words[0] and not words[0].endswith((".yaml", ".yml")):
         flags, words = replace(flags, data=(words[0], *flags.data)), words[1:]
     config = read_arguments(words, flags).config
-    check_inputs(config)
+    check_inputs(config.model, config.data)
     from fitune.model.load import load_tokenizer
 
     screen = console(output_format)

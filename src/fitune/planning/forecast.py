@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 
 from fitune.allocator.prediction import other_routing
@@ -297,8 +298,6 @@ class Forecaster:
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
     def _shape(self, choice: Choice, *, packed: bool) -> StepShape:
-        import numpy as np
-
         from fitune.data.rows import Batch, Row
         from fitune.step.assemble import Layout
 

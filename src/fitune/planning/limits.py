@@ -8,6 +8,7 @@ from fitune.config import DataConfig, MemoryConfig, RunConfig
 from fitune.errors import ModelError, UsageError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
+from fitune.model.source import source_kind
 from fitune.planning.cache import cached, file_state
 from fitune.units import format_bytes, parse_bytes
 
@@ -160,7 +161,6 @@ def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
 def _read_lengths(config: RunConfig) -> Lengths:
     from fitune.data.examples import load_examples
     from fitune.model.load import load_tokenizer
-    from fitune.model.source import source_kind
 
     try:
         if source_kind(config.model.tokenizer or config.model.source) != "hub":

@@ -92,9 +92,8 @@ class Recordings:
             again = with_last_step_repeated(once.recording, len(passes) - 1)
             return None if again is None else replace(once, recording=again)
         key = repr((_without_samples(config), target))
-        families = self._families.setdefault(key, [])
         same_structure = []
-        for family in families:
+        for family in self._families.setdefault(key, []):
             family_shape, columns = family.points[0]
             layouts = _layouts(config, columns, target=target)
             shape = shape_of_step(passes, columns, layouts)
@@ -104,13 +103,12 @@ class Recordings:
             found = self._derive(config, passes, family, shape, target=target)
             if found is not None:
                 return family.repeat(shape, replace(columns, recording=found, layout=layouts.train))
-        return self._record_point(config, passes, families, same_structure, target=target)
+        return self._record_point(config, passes, same_structure, target=target)
 
     def _record_point(
         self,
         config: RunConfig,
         passes: Sequence[Pass],
-        families: list[RecordingFamily],
         same_structure: Sequence[RecordingFamily],
         *,
         target: CudaTarget | None,
@@ -123,6 +121,7 @@ class Recordings:
         num_layers = None if layers is None else layers.num_recorded
         columns = self._record(config, passes, target=target, num_layers=num_layers)
         layouts = _layouts(config, columns, target=target)
+        key = repr((_without_samples(config), target))
         self._recorded.setdefault(key, []).append(RecordedPasses(passes, layouts, columns))
         shape = shape_of_step(passes, columns, layouts)
         if shape is None:
@@ -134,7 +133,7 @@ class Recordings:
         new = RecordingFamily([(shape, columns)])
         if layers is not None:
             new = self._with_known_growth(config, passes, new, layers, target=target)
-        families.append(new)
+        self._families[key].append(new)
         self._families_of_model(config, target).append(new)
         return new.repeat(shape, columns)
 

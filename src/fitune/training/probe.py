@@ -111,7 +111,7 @@ def try_settings(
     Raises ConfigError like `probe_position`, FituneError if every setting diverges, and what
     `train` raises.
     """
-    position = probe_position(config, data)
+    position = probe_position(config.train, config.batch.rows_per_step, data)
     shutil.rmtree(run.branches, ignore_errors=True)
     first = {
         name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()
@@ -256,16 +256,14 @@ def adopt(run: RunDirectory, tried: Tried, *, data: Data) -> Start:
     )
 
 
-def probe_position(config: RunConfig, data: Data) -> int:
+def probe_position(config: TrainConfig, rows_per_step: int, data: Data) -> int:
     """Return how many samples each branch sees: whole batches of twice the configured size.
 
     So all branches see the same samples. Raises ConfigError if these, or the held-out samples, are
     too few to tell settings apart.
     """
-    rows, fraction = 2 * config.batch.rows_per_step, config.train.probe_fraction
-    total_steps = run_length(
-        config.train, data.train, rows_per_step=config.batch.rows_per_step
-    ).total_steps
+    rows, fraction = 2 * rows_per_step, config.probe_fraction
+    total_steps = run_length(config, data.train, rows_per_step=rows_per_step).total_steps
     steps = int(fraction * total_steps)
     if steps < FEWEST_STEPS:
         raise ConfigError(
@@ -281,7 +279,7 @@ def probe_position(config: RunConfig, data: Data) -> int:
                 "larger data.eval_fraction"
             ]
         )
-    lengths, position = Epochs.of(data.train.repeats), steps * config.batch.rows_per_step
+    lengths, position = Epochs.of(data.train.repeats), steps * rows_per_step
     start = lengths.start(lengths.find(position))
     return start + (position - start) // rows * rows
 

@@ -151,7 +151,9 @@ def predict_second_step(
     target = run_device(device)
     # Balanced routing is close to what is measured; the worst case would be only an upper bound.
     config = with_routing(config, "balanced")
-    passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config.model, num_ranks)
+    seen = batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed)
+    passes = list(_passes(seen, config.optim.name, num_ranks))
+    num_shards = shards_of(config.model, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
     if device.type == "cuda" and num_shards == 1:
         # on a CPU only the used part of the bucket is resident
@@ -165,18 +167,15 @@ def predict_second_step(
     return SelfCheck(training, program_bytes(device), circumstances(target, config.model.source))
 
 
-def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass]:
+def _passes(seen: Iterator[Batch], optimizer: str, num_ranks: int) -> Iterator[Pass]:
     """Yield the passes that the run will do: the optimizer's state, and then its first two steps.
 
     `Guard.release_trial_memory` has given back what a card allocates before them.
     """
-    if not OPTIMIZERS[config.optim.name].state_comes_late:
+    if not OPTIMIZERS[optimizer].state_comes_late:
         yield Pass("state")
-    seen = islice(
-        batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed),
-        CHECKED_STEP,
-    )
-    yield from (Pass("train", _sizes(split_by_rank(batch, num_ranks)[0])) for batch in seen)
+    for batch in islice(seen, CHECKED_STEP):
+        yield Pass("train", _sizes(split_by_rank(batch, num_ranks)[0]))
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:

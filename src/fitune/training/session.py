@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fitune.allocator.config import parse_allocator_config
+from fitune.allocator.prediction import peak_json
 from fitune.boundary import parse_json
-from fitune.config import ResolvedConfig, RunConfig, format_config
+from fitune.config import DataConfig, ModelConfig, ResolvedConfig, RunConfig, format_config
 from fitune.distributed.processes import Ranks
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.language import say
 from fitune.machine.environment import environment
+from fitune.model.source import check_source, check_tokenizer
 from fitune.plain_files import read_plain
 from fitune.planning.calibration import calibrate
 from fitune.planning.plan import plan_json
@@ -33,8 +35,11 @@ from fitune.run.directory import (
     write_json,
 )
 from fitune.run.metrics import SCHEMA, RunEvent, Summary, append_line
+from fitune.run.probe import write_probe
 from fitune.run.watcher import Watcher
 from fitune.units import format_bytes, format_count
+from fitune.watch.prometheus import check_prometheus
+from fitune.watch.trackers import check_trackers
 
 if TYPE_CHECKING:
     from fitune.training.prepare import Prepared
@@ -107,7 +112,7 @@ def dry_run(request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ra
     prepared = _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
     if isinstance(request, NewRun):
         config = request.resolved.config
-        _check_disk(config.run.output, config, prepared, screen)
+        _check_disk(config.run.output, config.optim.name, prepared, screen)
 
 
 def _begin(
@@ -126,7 +131,9 @@ def _begin(
     if config.train.probe:
         from fitune.training.probe import probe_position
 
-        probe_position(config, prepared.data)  # raises if the run is too short for a probe
+        probe_position(
+            config.train, config.batch.rows_per_step, prepared.data
+        )  # raises if the run is too short for a probe
     if isinstance(request, ReplayedRun):
         from fitune.training.resume import read_replay
 
@@ -176,21 +183,20 @@ def _new_directory(
     else:
         output, name = config.run.output, config.run.name or _prefix(config)
         overwrite = request.overwrite
-    _check_disk(output, config, prepared, screen)
+    _check_disk(output, config.optim.name, prepared, screen)
     return existing or create_run(output, name, overwrite=overwrite)
 
 
-def _check_disk(output: Path, config: RunConfig, prepared: "Prepared", screen: RunScreen) -> None:
+def _check_disk(output: Path, optimizer: str, prepared: "Prepared", screen: RunScreen) -> None:
     """Warn if not all checkpoints fit on the disk. Raises RunDirectoryError if not even one does."""
     from fitune.training.checkpoint.write import check_disk
 
-    if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
+    if (note := check_disk(output, prepared.setup, optimizer)) is not None:
         screen.note(f"warn   {note}")
 
 
 def _write_start(run: RunDirectory, resolved: ResolvedConfig, prepared: "Prepared") -> None:
     """Write what is known before the first step: configuration, environment, data and plan."""
-    from fitune.allocator.prediction import peak_json
     from fitune.data.examples import data_json
 
     write_atomically(run.config, format_config(resolved))
@@ -284,7 +290,6 @@ def _probe(
     The chosen configuration is written before the chosen branch becomes the run. A run that is
     killed between the two begins anew with the chosen setting and ends with the same weights.
     """
-    from fitune.run.probe import write_probe
     from fitune.training.probe import adopt, try_settings
 
     tried = try_settings(
@@ -364,11 +369,9 @@ def _prepare(
     screen.note(
         f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}"
     )
-    check_inputs(config)
+    check_inputs(config.model, config.data)
     screen.stage(say("loading torch and transformers"))
     from fitune.training.prepare import prepare
-    from fitune.watch.prometheus import check_prometheus
-    from fitune.watch.trackers import check_trackers
 
     check_trackers(config.run.trackers)
     if config.run.prometheus is not None:
@@ -394,17 +397,16 @@ def _prepare(
     return prepared
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(model: ModelConfig, data: DataConfig) -> None:
     """Check that the model and the data exist, without imports that take seconds.
 
     Raises ModelError or DataError if they do not.
     """
     from fitune.data.files import check_files
-    from fitune.model.source import check_source, check_tokenizer
 
-    check_source(config.model.source)
-    check_tokenizer(config.model)
-    check_files(config.data)
+    check_source(model.source)
+    check_tokenizer(model)
+    check_files(data)
 
 
 def _memory_text(check: "SelfCheck") -> str:
