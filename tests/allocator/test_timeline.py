@@ -1,9 +1,11 @@
+from itertools import accumulate
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.allocator.peaks import step_peaks, timeline
+from fitune.allocator.peaks import highest_peak, step_peaks
 from fitune.errors import UsageError
 from fitune.recorder.events import CATEGORIES, Category, MemoryEvent, MemoryTrace, Phase
 
@@ -33,31 +35,21 @@ def traces() -> st.SearchStrategy[MemoryTrace]:
 
 
 @given(traces())
-def test_the_categories_add_up_to_the_total_at_every_event(trace: MemoryTrace) -> None:
-    live = timeline(trace)
-    assert (sum(live.categories.values()) == live.total_bytes).all()
-
-
-@given(traces())
 def test_the_categories_at_the_peak_add_up_to_the_peak(trace: MemoryTrace) -> None:
-    live = timeline(trace)
-    assert sum(live.peak.categories.values()) == live.peak.num_bytes == live.total_bytes.max()
+    peak = highest_peak(trace)
+    highest = max(accumulate(event.num_bytes for event in trace.events))
+    assert sum(peak.categories.values()) == peak.num_bytes == highest
 
 
 def test_the_peak_is_the_first_highest_point() -> None:
     trace = MemoryTrace((event(1, 5), event(1, -5), event(2, 5, phase="backward"), event(2, -5)))
-    assert timeline(trace).peak.event == 0
+    assert highest_peak(trace).event == 0
 
 
 def test_the_last_step_has_a_peak_of_its_own() -> None:
-    live = timeline(
-        MemoryTrace((event(1, 9), event(1, -9), event(2, 4, step=2, phase="optimizer")))
-    )
-    assert (live.peak.num_bytes, live.last_step_peak.num_bytes, live.last_step_peak.phase) == (
-        9,
-        4,
-        "optimizer",
-    )
+    trace = MemoryTrace((event(1, 9), event(1, -9), event(2, 4, step=2, phase="optimizer")))
+    last = step_peaks(trace, [2])[2]
+    assert (highest_peak(trace).num_bytes, last.num_bytes, last.phase) == (9, 4, "optimizer")
 
 
 def test_what_is_alive_at_the_peak_is_named_largest_first() -> None:
@@ -67,7 +59,7 @@ def test_what_is_alive_at_the_peak_is_named_largest_first() -> None:
         event(3, 2, module="a"),
         event(4, 1, module="a"),
     )
-    peak = timeline(MemoryTrace((*events[:3], event(3, -2, module="a"), events[3]))).peak
+    peak = highest_peak(MemoryTrace((*events[:3], event(3, -2, module="a"), events[3])))
     assert [(module.name, module.num_bytes) for module in peak.modules] == [("b", 9), ("a", 5)]
     assert [tensor.num_bytes for tensor in peak.tensors] == [9, 3, 2]
 
@@ -80,4 +72,4 @@ def test_blocks_of_an_allocator_can_be_counted_instead() -> None:
 
 def test_an_empty_trace_is_refused() -> None:
     with pytest.raises(UsageError, match="no event"):
-        timeline(MemoryTrace(()))
+        highest_peak(MemoryTrace(()))

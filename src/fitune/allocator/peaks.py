@@ -42,37 +42,14 @@ class Peak:
     tensors: tuple[Living, ...]
 
 
-@dataclass(frozen=True)
-class MemoryTimeline:
-    """The live bytes after each event of a trace, and its peaks."""
-
-    #: for each category, the live bytes after each event: int64 [events]
-    categories: Mapping[Category, Integers]
-    #: the sum of all categories
-    total_bytes: Integers
-    #: the peak of the whole trace
-    peak: Peak
-    last_step_peak: Peak
-
-
-def timeline(trace: MemoryTrace) -> MemoryTimeline:
-    """Return the live requested bytes over the trace's events.
+def highest_peak(trace: MemoryTrace) -> Peak:
+    """Return the peak of the live requested bytes over the whole trace.
 
     Raises UsageError for a trace without events.
     """
     columns = _columns(trace)
     sizes = columns.num_bytes
-    total_bytes = np.cumsum(sizes)
-    last_step = int(columns.step.max())
-    return MemoryTimeline(
-        categories={
-            category: np.cumsum(np.where(columns.category == number, sizes, 0))
-            for number, category in enumerate(CATEGORIES)
-        },
-        total_bytes=total_bytes,
-        peak=_peak(trace, columns, sizes, int(np.argmax(total_bytes))),
-        last_step_peak=step_peaks(trace, (last_step,))[last_step],
-    )
+    return _peak(trace, columns, sizes, int(np.argmax(np.cumsum(sizes))))
 
 
 def step_peaks(

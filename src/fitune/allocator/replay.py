@@ -52,9 +52,6 @@ class ReplayResult:
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
-    #: the peaks are reset when the last step begins; None if the replay stopped before it
-    last_step_peak_allocated_bytes: int | None
-    last_step_peak_reserved_bytes: int | None
     num_alloc_retries: int
     num_ooms: int
     #: index of the first event at which allocated memory is highest; None if none was allocated
@@ -113,7 +110,6 @@ def number_storages(storage: Integers) -> Integers:
 def _replay_by_all_rules(
     columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator
 ) -> ReplayResult:
-    last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
     #: allocated bytes after each event
     allocated: list[int] = []
@@ -159,13 +155,10 @@ def _replay_by_all_rules(
             allocator.empty_cache()
         allocated.append(allocator.allocated_bytes)
     end_step()
-    last_peaks = step_peaks.get(last_step, (None, None))
     totals: Integers = np.array([0, *allocated], dtype=np.int64)
     return ReplayResult(
         peak_allocated_bytes=max(allocated for allocated, _ in step_peaks.values()),
         peak_reserved_bytes=max(reserved for _, reserved in step_peaks.values()),
-        last_step_peak_allocated_bytes=last_peaks[0],
-        last_step_peak_reserved_bytes=last_peaks[1],
         num_alloc_retries=allocator.num_alloc_retries,
         num_ooms=allocator.num_ooms,
         peak_event=int(np.argmax(allocated)) if any(allocated) else None,
@@ -180,10 +173,9 @@ def _replay_plain(
     columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator
 ) -> ReplayResult:
     """Replay in C. `allocator` only provides the memory limits."""
-    last_step = int(columns.step.max())
     limits = [limit for limit in (allocator.limit_bytes, allocator.free_bytes) if limit is not None]
     num_events = len(columns.step)
-    if settings.until_step is not None and last_step > settings.until_step:
+    if settings.until_step is not None and columns.step.max() > settings.until_step:
         num_events = int(np.argmax(columns.step > settings.until_step))
     if num_events == 0:
         return _replay_by_all_rules(columns, settings, allocator)
@@ -220,12 +212,9 @@ def _replay_plain(
         failure = FailedAllocation(
             event, int(requested[at]), int(allocated[at]), reserved_then, free_bytes
         )
-    last_peaks = step_peaks.get(last_step, (None, None))
     return ReplayResult(
         peak_allocated_bytes=max(peak for peak, _ in step_peaks.values()),
         peak_reserved_bytes=max(peak for _, peak in step_peaks.values()),
-        last_step_peak_allocated_bytes=last_peaks[0],
-        last_step_peak_reserved_bytes=last_peaks[1],
         num_alloc_retries=len(done.retries_at),
         num_ooms=int(failure is not None),
         peak_event=int(np.argmax(live)) if len(live) and live.max() > 0 else None,

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from fitune.allocator.peaks import timeline
+from fitune.allocator.peaks import highest_peak
 from fitune.allocator.replay import ReplaySettings, replay
 from fitune.cli.output import console, print_json, print_text, table
 from fitune.language import say, translated
@@ -18,7 +18,7 @@ def show_snapshot(path: Path, output_format: str) -> None:
     """
     history = read_history(path)
     trace, failed = history.trace, history.failed
-    peak = timeline(trace).peak
+    peak = highest_peak(trace)
     result = replay(trace, ReplaySettings())
     if output_format == "json":
         print_json(

@@ -69,7 +69,6 @@ class Picture:
     series: tuple[Series, ...]
     #: (label, y) of horizontal lines
     lines: tuple[tuple[str, float], ...] = ()
-    stacked: bool = False
     #: whether the vertical axis begins at zero, as for bytes and counts
     from_zero: bool = True
     #: what the picture shows, as text for users who cannot see it
@@ -225,7 +224,6 @@ def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
         y_title="GiB",
         series=tuple(series),
         lines=tuple(_limits(run, card)),
-        stacked=True,
         says=say("Memory over time, highest {peak} GiB", peak=f"{np.nanmax(total) / GIB:.2f}"),
     )
 
