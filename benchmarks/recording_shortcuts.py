@@ -25,7 +25,6 @@ RESULTS = Path(__file__).parent / "results" / "recording_shortcuts.json"
 SHORTCUTS = {
     "none left out": "",
     "sizes of a longer step from its first micro-batch": "resized_point",
-    "a second point from another recording": "add_point_from",
     "what a layer adds, from samples of another length": "with_growth_of",
     "one sample as larger micro-batches": "compare_one_sample",
 }
@@ -37,10 +36,13 @@ def work(model: dict[str, Any], without: str, *, every: bool) -> dict[str, Any]:
     without: the method of RecordingFamily that finds nothing. every: as for `fitune plan --all`.
     """
     from fitune.config import read_config
+    from fitune.planning import second_process
     from fitune.planning.search import choose_plan
     from fitune.trace.library import Recordings
     from fitune.trace.recording_family import RecordingFamily
 
+    # the processor time of a second process would not be counted
+    second_process._can_fork = lambda: False
     if without:
         setattr(RecordingFamily, without, lambda *_, **__: None)
     record, count = Recordings._record, [0]

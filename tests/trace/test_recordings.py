@@ -307,28 +307,6 @@ def test_a_step_that_leaves_something_is_not_repeated(
         assert len(recorded) == times
 
 
-def largest_micro_batch(config: RunConfig) -> list[Pass]:
-    """Return the same passes for one micro-batch and for two, as a plan does."""
-    micro = longest_rows(config.data.max_length, num_rows=config.batch.micro or 0)
-    return around(config, Pass("train", micro * (config.batch.accumulation or 1)))
-
-
-@pytest.mark.thorough
-def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(
-    tmp_path: Path, recorded: list[RunConfig]
-) -> None:
-    recordings = Recordings()
-    for rows, pieces in ((2, 2), (12, 1), (4, 2), (3, 2), (6, 2)):
-        overrides = ("model.method=lora", f"batch.accumulation={pieces}")
-        config = make_config(tmp_path, "llama", *overrides, length=CHUNKED, rows=rows)
-        ask(recordings, config, asked=largest_micro_batch)
-    assert [config.batch.micro for config in recorded] == [
-        2,
-        2,
-        12,
-    ]  # with a few layers, with fewer; with a few
-
-
 def test_two_sizes_with_last_chunks_of_one_length_need_a_third(
     tmp_path: Path, recorded: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,6 @@ from fitune.trace.own_step import (
     shape_of_step,
 )
 from fitune.trace.recording_family import (
-    RecordedPasses,
     RecordingFamily,
     does_one_sample_match,
     has_one_sample,
@@ -62,8 +61,6 @@ class Recordings:
         #: by configuration without samples, recomputation and loss: families whose growth was
         #: measured
         self._with_growth: dict[str, list[RecordingFamily]] = {}
-        #: by configuration without samples
-        self._recorded: dict[str, list[RecordedPasses]] = {}
         #: by configuration without samples, recomputation and loss
         self._of_one_model: dict[str, list[RecordingFamily]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
@@ -121,8 +118,6 @@ class Recordings:
         num_layers = None if layers is None else layers.num_recorded
         columns = self._record(config, passes, target=target, num_layers=num_layers)
         layouts = _layouts(config, columns, target=target)
-        key = repr((_without_samples(config), target))
-        self._recorded.setdefault(key, []).append(RecordedPasses(passes, layouts, columns))
         shape = shape_of_step(passes, columns, layouts)
         if shape is None:
             return None
@@ -133,7 +128,7 @@ class Recordings:
         new = RecordingFamily([(shape, columns)])
         if layers is not None:
             new = self._with_known_growth(config, passes, new, layers, target=target)
-        self._families[key].append(new)
+        self._families[repr((_without_samples(config), target))].append(new)
         self._families_of_model(config, target).append(new)
         return new.repeat(shape, columns)
 
@@ -148,7 +143,6 @@ class Recordings:
     ) -> Recording | None:
         """Return the recording of a step of this shape from those of its family.
 
-        Where the family lacks a point and another recording has it, it is added to the family.
         Returns None where the step itself has to be recorded.
         """
         one_sample = has_one_sample(shape) and does_one_sample_match(
@@ -157,13 +151,7 @@ class Recordings:
         found = family.interpolate(shape, target=target, one_sample=one_sample)
         if found is not None:
             return found
-        recorded = self._recorded.get(repr((_without_samples(config), target)), [])
-        layouts = _layouts(config, family.points[0][1], target=target)
-        if any(family.add_point_from(shape, passes, layouts, each) for each in recorded):
-            found = family.interpolate(shape, target=target)
-        if found is None:
-            found = self._add_resized_point(config, passes, family, shape, target=target)
-        return found
+        return self._add_resized_point(config, passes, family, shape, target=target)
 
     def _with_known_growth(
         self,

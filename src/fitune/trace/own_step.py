@@ -364,12 +364,6 @@ def shape_of_step(
     )
 
 
-def first_rows(each: Pass, layouts: PassLayouts) -> list[tuple[int, int]]:
-    """Return (length, supervised tokens) of each sample of the first micro-batch."""
-    first, *_ = layouts.group(each)
-    return [each.rows[row.row_id] for row in first]
-
-
 def _lay_out(
     passes: Sequence[Pass],
     layouts: PassLayouts,

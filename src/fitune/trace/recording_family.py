@@ -19,22 +19,10 @@ from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS, Iterations
 from fitune.trace.own_step import (
     ColumnsOfStep,
     Pass,
-    PassLayouts,
     RecordedShape,
-    first_rows,
-    shape_of_step,
 )
 from fitune.trace.repeat_layers import repeat_inner_iterations, repeat_iterations
 from fitune.trace.resize import resize
-
-
-@dataclass(frozen=True)
-class RecordedPasses:
-    """Passes as they were recorded, with a few layers and chunks."""
-
-    passes: Sequence[Pass]
-    layouts: PassLayouts
-    columns: ColumnsOfStep
 
 
 @dataclass
@@ -149,41 +137,6 @@ class RecordingFamily:
         kinds = [each.kind for each in passes]
         is_short = kinds[-1] == "train" and kinds.count("train") == 1
         return is_short and not self.resize_failed and len(self.interpolation_points(shape)) == 1
-
-    def add_point_from(
-        self,
-        shape: RecordedShape,
-        passes: Sequence[Pass],
-        layouts: PassLayouts,
-        other: RecordedPasses,
-    ) -> bool:
-        """Add a second point to the family if `other` has a larger first micro-batch that gives it.
-
-        Returns whether it did.
-        """
-        if not self.needs_second_point(shape, passes) or len(other.passes) != len(passes):
-            return False
-        ((own_shape, point),) = self.interpolation_points(shape)
-        samples = first_rows(passes[-1], layouts)
-        other_samples = first_rows(other.passes[-1], other.layouts)
-        times, rest = divmod(len(other_samples), len(samples))
-        if rest or times < 2 or other.passes[-1].kind != "train":
-            return False
-        wanted = [replace(each, rows=each.rows * times) for each in passes]
-        if wanted[:-1] != list(other.passes[:-1]):
-            return False
-        other_shape = shape_of_step(wanted, point, other.layouts)
-        if (
-            other_shape is None
-            or other_shape.structure != own_shape.structure
-            or other_shape.sizes == own_shape.sizes
-        ):
-            return False
-        found = self.resized_point(point.recording, other.columns.recording, passes)
-        if found is None:
-            return False
-        self.points.append((other_shape, replace(point, recording=found)))
-        return True
 
     def resized_point(
         self, recording: Recording, single: Recording, passes: Sequence[Pass]
