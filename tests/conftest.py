@@ -25,10 +25,10 @@ pytest_plugins = ["nvml_stand_in", "disturbed_run"]
 def _older_objects_frozen() -> Iterator[None]:
     """Leave what was imported out of garbage collections, which took a third of the time of all tests.
 
-    Recordings freeze what is there, too, and would unfreeze all at their end.
+    It stays frozen until the end: a look at all of it, once a module, took 0.3 s. Recordings freeze what is there, too,
+    and would unfreeze all at their end.
     """
     gc.collect()
     gc.freeze()
     with mock.patch.object(gc, "unfreeze"):
         yield
-    gc.unfreeze()

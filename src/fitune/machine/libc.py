@@ -44,9 +44,10 @@ class AllocatorHabit:
     most_mib: Three = (math.inf, math.inf, math.inf)
 
     def resident_bytes(self, live_bytes: int) -> tuple[int, int, int]:
-        """Return the process's memory above its state before the model was loaded.
+        """Return how much larger the process is than before the model was loaded.
 
-        It is the lowest, expected and highest value.
+        live_bytes: what its tensors take. The result is the lowest, the expected and the highest
+        value, in bytes.
         """
         low, expected, high = (
             first + live_bytes + int(min(share * live_bytes, most * MIB))

@@ -55,7 +55,7 @@ class NF4Linear(nn.Linear):
         return cast(Tensor, _Product.apply(input, self))  # type: ignore[no-untyped-call]
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in]."""
+        """Return the dequantised weight, [out_features, in_features] of that dtype."""
         return _unpacked(self, (self.out_features, self.in_features), dtype)
 
 

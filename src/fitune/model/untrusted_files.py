@@ -108,7 +108,7 @@ def _steps(value: object) -> Iterator[dict[str, object]]:
 
 
 def _growth(step: dict[str, object]) -> float:
-    """Return the most characters, or tokens, that this step makes of one."""
+    """Return into how many characters, or tokens, this step can turn a single one."""
     kind = step["type"]
     if kind == "Replace":
         return _replacement_growth(step.get("pattern"), step.get("content"))

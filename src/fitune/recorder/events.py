@@ -68,7 +68,7 @@ class Columnar(Protocol):
     def columns(self) -> EventColumns: ...
 
     def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
-        """Return what `MemoryTrace.modules` returns."""
+        """Return the modules of these events; see `MemoryTrace.modules`."""
         ...
 
 

@@ -155,7 +155,10 @@ def _size_inputs(recording: Recording, sizes: SampleCounts) -> Integers:
 
 
 def _interpolate_integers(one: Integers, other: Integers, fractions: _Fractions) -> Integers:
-    """Return the values on the lines, negative where a line gives no whole number."""
+    """Return for each pair of values the value at its fraction of the way from one to the other.
+
+    It is negative where that is not a whole number.
+    """
     numerator, denominator = fractions.numerator, fractions.denominator
     known = (denominator != 0) & ((denominator != 1) | (numerator != 0) | (one == other))
     change, rest = np.divmod((other - one) * numerator, np.where(denominator == 0, 1, denominator))

@@ -43,10 +43,10 @@ class Iterations:
 
     @property
     def num_left_out(self) -> int:
-        """The number of iterations to leave out of a second recording, which shows the growth.
+        """How many iterations fewer a second recording has, to show what grows with their number.
 
-        These are both templates, or one of them if the rest would lack a kind of iteration and with
-        it what is made for that kind.
+        It leaves out both templates. It keeps one if some kind of iteration (such as a layer with
+        experts) would otherwise be missing, and with it what the model allocates for that kind.
         """
         both = 2 * self.period
         return both if self.num_recorded - both >= self.num_with_all_kinds else self.period
