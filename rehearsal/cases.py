@@ -89,6 +89,13 @@ _LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+_OF_PYTHIA: dict[str, Any] = {
+    "vocab_size": 16000,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
 _TINY: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -125,6 +132,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             **_ENDS,
         },
     ),
+    "neox": ("GPTNeoXConfig", _OF_PYTHIA),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         _LLAMA | _EXPERTS | {"moe_intermediate_size": 512, "head_dim": 64, "num_experts": 8},
@@ -294,6 +302,8 @@ STEPS = (
     StepCase(name="eager", model="llama", rows=same(4, 512), options=("model.attention=eager",)),
     StepCase(name="tied", model="llama-tied", rows=same(4, 512), cards=("4090", "T4")),
     StepCase(name="gpt2", model="gpt2", rows=same(4, 512), cards=("4090", "T4")),
+    StepCase(name="gpt2-lora", model="gpt2", rows=varied(4, 500), options=("model.method=lora",)),
+    StepCase(name="neox", model="neox", rows=same(4, 512), cards=("4090", "H100")),
     StepCase(name="qwen2", model="qwen2", rows=same(4, 1024, 300)),
     StepCase(name="mistral", model="mistral", rows=same(4, 1024), cards=("4090", "H100")),
     StepCase(name="gemma2", model="gemma2", rows=same(4, 1024), cards=("4090", "A100")),

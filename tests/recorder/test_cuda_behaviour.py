@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fitune.errors import UsageError
 from fitune.model.packed_attention import row_boundaries, rows_attention
+from fitune.recorder import cuda_behaviour
 from fitune.recorder.cuda_attention import choose_attention
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.record import RecordSettings, record_loop
@@ -146,6 +147,18 @@ def test_packed_rows_are_one_variable_length_kernel() -> None:
     assert births(events, "_varlen_attn_backward")[-2:] == [H * rows * 4, rows * H * D * 4]
 
 
+def test_the_variable_length_backward_copies_a_gradient_that_is_not_contiguous() -> None:
+    def taken(*, turned: bool) -> list[int]:
+        def packed(x: Tensor) -> Tensor:
+            boundaries = row_boundaries((100, 60), device=x.device)
+            attended = rows_attention(nn.Identity(), x, x, x, None, row_boundaries=boundaries)[0]
+            return attended.transpose(1, 2).contiguous() if turned else attended
+
+        return births(record_function(packed, (1, H, S, D)), "_varlen_attn_backward")
+
+    assert taken(turned=True) == [S * H * D * 2, *taken(turned=False)]
+
+
 def test_packed_rows_of_float32_are_attended_one_by_one() -> None:
     def packed(x: Tensor) -> Tensor:
         boundaries = row_boundaries((100, 60), device=x.device)
@@ -190,6 +203,28 @@ def test_autocast_takes_the_cross_entropy_apart_into_a_16_bit_log_softmax_and_a_
     assert births(on_cpu, "_log_softmax.default") == [16 * 8 * 4]
 
 
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+def test_autocast_joins_tensors_of_two_dtypes_without_a_copy_of_either(join: Any) -> None:
+    """The CPU's autocast casts all of them to the widest dtype first. Partial rotary embeddings do this."""
+    on_cuda = record_function(lambda x: join((x, x.float())), (16, 8), autocast=BF16)
+    assert births(on_cuda, "_to_copy").count(16 * 8 * 4) == 1  # the one of `x.float()`
+
+
+def test_autocast_casts_the_last_argument_first() -> None:
+    def normalised(x: Tensor) -> Tensor:
+        weight, bias = torch.ones(8, device=x.device, dtype=BF16), torch.ones_like(x)[0]
+        return functional.layer_norm(x, (8,), weight, bias)
+
+    casts = births(record_function(normalised, (16, 8), autocast=BF16), "_to_copy")
+    assert casts[:3] == [8 * 4, 8 * 4, 16 * 8 * 4]
+
+
+def test_autocast_changes_no_operator_that_it_leaves_alone_on_cuda() -> None:
+    names = cuda_behaviour.in_no_list_of_cuda()
+    assert {"cat", "stack", "index_copy", "cross_entropy_loss"} <= {*names}
+    assert not {"linear", "softmax.int", "einsum"} & {*names}
+
+
 def test_autocast_of_the_cpu_is_as_before_after_a_recording() -> None:
     record_function(lambda x: x.softmax(-1), (16, 8), autocast=BF16)
     with torch.autocast("cpu", BF16):
@@ -201,6 +236,17 @@ def test_autocast_of_the_cpu_is_as_before_after_a_recording() -> None:
 
 
 # ---- single kernels ----
+
+
+@pytest.mark.parametrize(
+    ("index", "dim"), [([1, 2], 0), ([-2], 1)], ids=["of the first dimension", "of another"]
+)
+def test_the_gradient_of_an_indexed_tensor_sorts_the_indices(index: list[int], dim: int) -> None:
+    def taken(x: Tensor) -> Tensor:
+        return x.view(4, 4, 8)[(slice(None),) * dim + (index,)]
+
+    scratch = births(record_function(taken, (16, 8)), "index_put_")
+    assert scratch[:5] == [len(index) * 8] * 5  # and then what the sort takes
 
 
 def test_dropout_keeps_a_mask_of_one_byte() -> None:

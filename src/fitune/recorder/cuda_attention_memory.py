@@ -106,7 +106,7 @@ def _varlen_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """List the allocations of the variable-length backward (flash_api.cpp, mha_varlen_bwd).
 
     They are those of `_flash_backward` over the packed tokens, with each sample padded to 128
-    tokens.
+    tokens; the output and its gradient are copied unless they are contiguous.
     """
     query, key, boundaries = args[1], args[2], args[6]
     tokens, heads, head_dim = query.shape
@@ -114,9 +114,16 @@ def _varlen_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     if _varlen_in_cudnn(target, query, key):
         return *_ragged(num_rows), _cudnn_workspace(num_rows, heads, args[8], head_dim)
     rows = tokens + 128 * num_rows
+    copies = [
+        each.numel() * each.element_size()
+        for each in (args[0], args[4])
+        if not each.is_contiguous()
+    ]
+    results = Output(0), Output(1), Output(2)
     expanded = heads * key.shape[0] * head_dim * query.element_size()
     grouped = (expanded, expanded) if key.shape[1] != heads else ()
-    return heads * rows * 4, rows * heads * _rounded_head(head_dim) * 4, *grouped
+    accumulated = rows * heads * _rounded_head(head_dim) * 4
+    return *copies, *results, heads * rows * 4, accumulated, *grouped
 
 
 def _varlen_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:

@@ -6,6 +6,7 @@ kernels allocate without showing it to a dispatch mode (`cuda_kernels`). Sources
 PyTorch 2.13, unless another version is named.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -121,9 +122,6 @@ _PROMOTE = [
     "tensordot",
     "scatter_add",
 ]
-# These are in the CPU's float32 list and in none of CUDA's (autocast_mode.cpp): CUDA decomposes
-# them or runs them in the dtype of their inputs.
-_NOT_IN_CUDA = ("cross_entropy_loss",)
 
 
 def _overload(name: str) -> Any:
@@ -138,18 +136,19 @@ def _autocast_rules() -> Iterator[tuple[str, Callable[..., Any]]]:
         yield name, _with_float32_output(_overload(name))
     for name in _PROMOTE:
         yield name, _casting(_overload(name), _widest)
-    for name in _NOT_IN_CUDA:
-        yield name, _decomposing(_overload(name))
+    for name in in_no_list_of_cuda():
+        yield name, _not_casting(_overload(name))
 
 
 def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., object]:
     def kernel(*args: Any, **kwargs: Any) -> object:
         tensors = list(_float_tensors((args, tuple(kwargs.values()))))
         dtype = dtype_of(tensors) if tensors else torch.float32
+        # The compilers of PyTorch's wheels evaluate the arguments of a call from the last one.
+        of_keywords = {key: _cast(kwargs[key], dtype) for key in reversed(kwargs)}
+        in_reverse = [_cast(value, dtype) for value in reversed(args)]
         with _without_autocast():
-            return op(
-                *_cast(args, dtype), **{key: _cast(value, dtype) for key, value in kwargs.items()}
-            )
+            return op(*reversed(in_reverse), **of_keywords)
 
     return kernel
 
@@ -180,9 +179,32 @@ def _with_float32_output(op: Any) -> Callable[..., object]:
     return kernel
 
 
-def _decomposing(op: Any) -> Callable[..., object]:
+@functools.cache
+def in_no_list_of_cuda() -> tuple[str, ...]:
+    """Return the operators that autocast changes on a CPU and leaves alone on CUDA, such as `cat`.
+
+    A torch that was built without CUDA registers autocast for CUDA all the same.
+    """
+    is_listed = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::")
+        and is_listed(name, "AutocastCPU")
+        and not is_listed(name, "AutocastCUDA")
+    )
+
+
+def _not_casting(op: Any) -> Callable[..., object]:
+    consists_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), "CompositeImplicitAutograd"
+    )
+
     def kernel(*args: Any, **kwargs: object) -> object:
-        return op.decompose(*args, **kwargs)  # autocast applies to the parts
+        if consists_of_others:
+            return op.decompose(*args, **kwargs)  # autocast applies to the parts
+        with _without_autocast():
+            return op(*args, **kwargs)
 
     return kernel
 

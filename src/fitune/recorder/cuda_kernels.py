@@ -234,15 +234,16 @@ def _index_put(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """
     tensor, indices, _, accumulates, *rest = args
     unsafe = bool(rest and rest[0])
-    known = [each for each in indices if each is not None]
-    if not accumulates or len(known) != 1 or indices[0] is None or known[0].dtype != torch.int64:
+    known = [(dim, each) for dim, each in enumerate(indices) if each is not None]
+    if not accumulates or len(known) != 1 or known[0][1].dtype != torch.int64:
         return ()
-    number = known[0].numel()
-    each = number * 8
+    ((dim, index),) = known
+    number, each = index.numel(), index.numel() * 8
+    num_slices = prod(tensor.shape[: dim + 1])
     checks = () if unsafe else (8, 8, 1, FREE, 1, FREE, FREE, FREE)
     return (
         *checks, each, each, Free(0 if unsafe else 4),
-        each, each, each, _sort_bytes(target, number, num_bits=_num_bits(tensor.shape[0])),
+        each, each, each, _sort_bytes(target, number, num_bits=_num_bits(num_slices)),
     )  # fmt: skip
 
 
