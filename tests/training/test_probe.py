@@ -171,7 +171,7 @@ def test_a_run_that_is_killed_in_the_probe_or_after_it_ends_as_if_it_had_not_bee
 
 
 @pytest.mark.parametrize(
-    "killed_in", ["fitune.run.probe.write_probe", "fitune.training.probe.go_on"]
+    "killed_in", ["fitune.training.session.write_probe", "fitune.training.probe.go_on"]
 )
 def test_a_run_that_is_killed_while_the_branch_becomes_the_run_ends_the_same(
     killed_in: str, probed: RunDirectory, monkeypatch: pytest.MonkeyPatch
