@@ -183,7 +183,7 @@ class Drawn:
 
     def __init__(self, figures: list[tuple[float, int]], limit_bytes: int) -> None:
         self.config = config({"model": {"source": "none"}, **REST})
-        self.lengths = uniform_lengths(self.config.data)
+        self.lengths = uniform_lengths(self.config)
         self.limits = replace(
             find_limits(self.config.memory, gpu="RTX 4090"), budget_bytes=limit_bytes
         )
@@ -366,12 +366,11 @@ def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(
     assert "model.offload_activations=true" in settings_of_candidate(moved, config(tree))
     forced = config(tree, "model.recompute=full")
     assert not any(
-        choice.offloads
-        for choice in same_choices(forced, uniform_lengths(forced.data), on_card=True)
+        choice.offloads for choice in same_choices(forced, uniform_lengths(forced), on_card=True)
     )
     assert not any(
         choice.offloads
-        for choice in same_choices(config(tree), uniform_lengths(forced.data), on_card=False)
+        for choice in same_choices(config(tree), uniform_lengths(forced), on_card=False)
     )
 
 
@@ -749,7 +748,7 @@ def test_memory_that_others_hold_is_no_part_of_the_limit(tree: dict[str, Any]) -
 
 
 def test_without_data_every_row_is_as_long_as_the_longest(tree: dict[str, Any]) -> None:
-    assert uniform_lengths(config(tree).data).sample_tokens == (1024,)
+    assert uniform_lengths(config(tree)).sample_tokens == (1024,)
 
 
 FORCED = ("batch.micro=2", "model.recompute=off", "loss=chunked", "optim.name=sgd")

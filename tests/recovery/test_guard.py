@@ -18,7 +18,8 @@ from disturbed_run import predict_nothing
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
-from fitune.objectives.supervised import SMALL_CHUNK_TOKENS, Supervised
+from fitune.objectives.logits import SMALL_CHUNK_TOKENS
+from fitune.objectives.supervised import Supervised
 from fitune.recovery import guard
 from fitune.recovery.step import SafeResult, safe_step, try_pieces
 from fitune.run.directory import RunDirectory

@@ -14,7 +14,8 @@ from faults import failing, out_of_memory
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import OutOfMemoryError, RestartError
-from fitune.objectives.supervised import SMALL_CHUNK_TOKENS, Supervised
+from fitune.objectives.logits import SMALL_CHUNK_TOKENS
+from fitune.objectives.supervised import Supervised
 from fitune.recovery.actions import MOST_ATTEMPTS
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.fallbacks import allowed_fallbacks

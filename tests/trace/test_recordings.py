@@ -311,7 +311,7 @@ def test_two_sizes_with_last_chunks_of_one_length_need_a_third(
     tmp_path: Path, recorded: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # so small a model's loss would be one chunk on a card
-    monkeypatch.setattr("fitune.objectives.supervised.CHUNK_BYTES", 0)
+    monkeypatch.setattr("fitune.objectives.logits.CHUNK_BYTES", 0)
     recordings = Recordings()
     for rows in (8, 10, 9, 11):
         ask(

@@ -250,16 +250,30 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
 
 
 def noise_fields(
-    averages: NoiseAverages, preconditioned: NoiseAverages, *, step_tokens: float
+    averages: NoiseAverages,
+    preconditioned: NoiseAverages,
+    *,
+    step_tokens: float,
+    tokens_per_weight: float = 1.0,
 ) -> dict[str, float | None]:
-    """Return the noise as fields of a step's metrics."""
+    """Return the noise as fields of a step's metrics.
+
+    step_tokens: the loss weight of the step.
+    tokens_per_weight: the supervised tokens for each unit of the loss weight.
+    """
     noise, weighted = estimate(averages), estimate(preconditioned)
+
+    def in_tokens(value: float | None) -> float | None:
+        return None if value is None else value * tokens_per_weight
+
     return {
         "noise_signal": None if noise is None else noise.signal,
-        "noise_variance": None if noise is None else noise.variance,
+        "noise_variance": None if noise is None else in_tokens(noise.variance),
         "noise_ratio": None if noise is None else noise.ratio(step_tokens),
-        "noise_scale_tokens": None if noise is None else noise.scale_tokens,
-        "noise_scale_preconditioned_tokens": None if weighted is None else weighted.scale_tokens,
+        "noise_scale_tokens": None if noise is None else in_tokens(noise.scale_tokens),
+        "noise_scale_preconditioned_tokens": (
+            None if weighted is None else in_tokens(weighted.scale_tokens)
+        ),
         "noise_bounce": None if noise is None else noise.bounce,
     }
 

@@ -61,6 +61,7 @@ def check(
         tokenizer=load_tokenizer(config.model),
         output_format="json" if output_format == "json" else "human",
         eval_max_rows=config.eval.max_rows,
+        of_pairs=config.is_of_pairs,
         show=show,
         width=screen.width,
         colour=screen.is_terminal and not screen.no_color,
@@ -75,6 +76,7 @@ def report_on(
     tokenizer: object,
     output_format: Literal["human", "json"] = "human",
     eval_max_rows: int = 2000,
+    of_pairs: bool = False,
     show: int = 0,
     width: int = 100,
     colour: bool = False,
@@ -95,6 +97,7 @@ def report_on(
             data,
             tokenizer,
             eval_max_rows=eval_max_rows,
+            of_pairs=of_pairs,
             on_progress=lambda num_rows: bar.update(num_rows - bar.n),
         )
     report = examples.report

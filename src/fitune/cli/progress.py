@@ -85,10 +85,16 @@ class TrainingProgress:
             self.note(f"{progress:6.1%}  {text}")
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        saved = " | best, saved" if best else ""
+        if metrics.eval_margin is not None:
+            self.note(
+                f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | margin "
+                f"{metrics.eval_margin:.3f} | chosen preferred {metrics.eval_pair_accuracy:.1%}{saved}"
+            )
+            return
         self.note(
             f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | perplexity "
-            f"{metrics.eval_perplexity:.2f} | "
-            f"accuracy {metrics.eval_accuracy:.1%}{' | best, saved' if best else ''}"
+            f"{metrics.eval_perplexity:.2f} | accuracy {metrics.eval_accuracy:.1%}{saved}"
         )
 
     def _parts(self, metrics: StepMetrics) -> list[str]:

@@ -23,10 +23,11 @@ from fitune.config.sections import (
     ModelConfig,
     OptimConfig,
     OutputConfig,
+    PreferenceConfig,
     Section,
     TrainConfig,
 )
-from fitune.config.values import Auto, Loss
+from fitune.config.values import Auto, Loss, ObjectiveName
 from fitune.optimizers.table import OPTIMIZERS
 
 
@@ -39,10 +40,32 @@ class RunConfig(Section):
         "auto",
         description="chunked: logits of a part of the tokens at a time; the result is the same",
     )
+    objective: ObjectiveName = Field(
+        "sft",
+        description=(
+            "sft: imitate answers; dpo, simpo, orpo: prefer the chosen answer of a pair to the rejected one"
+        ),
+    )
+    preference: PreferenceConfig = PreferenceConfig()
     memory: MemoryConfig = MemoryConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: OutputConfig = OutputConfig()
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether a sample is a pair of answers."""
+        return self.objective != "sft"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with the model before the training."""
+        return self.objective == "dpo"
+
+    @property
+    def sample_tokens(self) -> int:
+        """The tokens of the longest sample that data.max_length, of one sequence, allows."""
+        return self.data.max_length * (2 if self.is_of_pairs else 1)
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
@@ -96,6 +119,7 @@ class RunConfig(Section):
             )
         faults += self._probe_without_effect()
         faults += self._not_sharded()
+        faults += self._preference_faults()
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -129,6 +153,38 @@ class RunConfig(Section):
         if self.train.probe:
             yield (
                 "train.probe works in one process and model.shard full needs several: drop one of them"
+            )
+
+    def _preference_faults(self) -> Iterator[str]:
+        given = self.preference.model_dump(exclude_defaults=True)
+        uses: dict[str, tuple[ObjectiveName, ...]] = {
+            "beta": ("dpo", "simpo", "orpo"),
+            "loss_type": ("dpo",),
+            "label_smoothing": ("dpo", "simpo"),
+            "simpo_gamma": ("simpo",),
+        }
+        for key in given:
+            if self.objective not in uses[key]:
+                yield (
+                    f"preference.{key} has no effect while objective is {self.objective}: "
+                    f"set objective to {' or '.join(uses[key])}, or drop it"
+                )
+        loss_type = self.preference.loss_type
+        if "label_smoothing" in given and loss_type in ("hinge", "ipo"):
+            yield (
+                f"preference.label_smoothing has no effect while preference.loss_type is {loss_type}: "
+                "set it to sigmoid or robust, or drop one of them"
+            )
+        if not self.is_of_pairs:
+            return
+        if self.model.shard != "none":
+            yield (
+                f"objective {self.objective} does not work with model.shard full: drop one of them"
+            )
+        if self.data.mask == "all":
+            yield (
+                f"data.mask all makes objective {self.objective} judge the question too, which both "
+                "answers share: set it to assistant, or drop it"
             )
 
     def _probe_without_effect(self) -> Iterator[str]:

@@ -19,6 +19,7 @@ from fitune.config.values import (
     MemoryLimit,
     Method,
     OptimizerName,
+    PairLoss,
     PathText,
     Positive,
     Precision,
@@ -129,6 +130,8 @@ class ColumnsConfig(Section):
         None, description="the question, or the messages before the answer"
     )
     completion: ColumnName | None = Field(None, description="the answer to learn")
+    chosen: ColumnName | None = Field(None, description="of a pair, the better answer")
+    rejected: ColumnName | None = Field(None, description="of a pair, the worse answer")
     input: ColumnName | None = Field(
         None, description="what the question is about, written below it"
     )
@@ -206,6 +209,22 @@ class DataConfig(Section):
     @property
     def eval_sources(self) -> tuple[DataSource, ...] | None:
         return None if self.eval is None else _sources(self.eval)
+
+
+class PreferenceConfig(Section):
+    """Says how a chosen answer is preferred to a rejected one, with the names of TRL's settings."""
+
+    beta: Scale = Field(
+        0.1,
+        description="dpo: how closely the model stays at the reference; orpo: weight of the odds ratio",
+    )
+    loss_type: PairLoss = Field("sigmoid", description="of dpo: what it makes of a pair's margin")
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="probability that a pair's label is wrong, for sigmoid and robust"
+    )
+    simpo_gamma: Annotated[Float, Field(ge=0, le=100)] = Field(
+        0.5, description="of simpo: the margin that a chosen answer should have"
+    )
 
 
 class BatchConfig(Section):

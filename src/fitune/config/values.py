@@ -50,6 +50,8 @@ def _duration(value: str) -> str:
 
 
 Auto = Literal["auto"]
+ObjectiveName = Literal["sft", "dpo", "simpo", "orpo"]
+PairLoss = Literal["sigmoid", "hinge", "ipo", "robust"]
 WholeNumber = BeforeValidator(_whole_number)
 Float = Annotated[float, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]

@@ -9,7 +9,7 @@ side.
 import datetime
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -22,6 +22,7 @@ from fitune.config import DataConfig, DataSource
 from fitune.data.files import fingerprint, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
 from fitune.data.notices import notices_of
+from fitune.data.preferences import after_common_prefix, normalise_pair
 from fitune.data.raw_rows import RawRow
 from fitune.data.report import (
     BadRow,
@@ -30,16 +31,16 @@ from fitune.data.report import (
     grouped,
     length_histogram,
 )
-from fitune.data.rows import Row
+from fitune.data.rows import Judged, Row
 from fitune.data.splits import Split
 from fitune.data.summary import data_report
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
-from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
+from fitune.data.tokenise import Encoded, Encoder, Span, encode, read_encoder
 from fitune.errors import DataError
 from fitune.units import MIB
 
 #: increased whenever the same files would be tokenised or masked in another way
-_DATA_VERSION = 3
+_DATA_VERSION = 4
 #: the bad rows, and the dropped rows, that the report lists
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
@@ -64,6 +65,8 @@ class Examples:
     table: Table
     #: int64 [samples]: where each sample is in the table
     rows: npt.NDArray[np.int64]
+    #: float32 [samples, 2]: of pairs, the log-probabilities of both answers under the reference
+    reference: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +74,22 @@ class Examples:
     def __getitem__(self, index: int) -> Row:
         row_id = range(len(self))[index]
         input_ids, loss_weights = self.table.row(int(self.rows[row_id]))
-        return Row(row_id, input_ids, loss_weights)
+        chosen_tokens = int(self.table.chosen_tokens[self.rows[row_id]])
+        if not chosen_tokens:
+            return Row(row_id, input_ids, loss_weights)
+        reference = (0.0, 0.0) if self.reference is None else self.reference[row_id].tolist()
+        return Row(row_id, input_ids, loss_weights, Judged(chosen_tokens, tuple(reference)))
+
+    @property
+    def are_pairs(self) -> bool:
+        return bool(self.table.chosen_tokens.any())
+
+    @property
+    def weight_per_token(self) -> float:
+        """Return the loss weight of the training samples for each of their tokens."""
+        if self.are_pairs:
+            return len(self) / self.num_tokens
+        return self.report.supervised_fraction
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -88,7 +106,9 @@ def data_json(train: Examples, held_out: Examples) -> dict[str, object]:
         "supervised_fraction": train.report.supervised_fraction,
         "data_hash": train.data_hash,
         "held_out_hash": held_out.data_hash,
-        "lengths": length_histogram(train.lengths, train.report.max_length),
+        "lengths": length_histogram(
+            train.lengths, train.report.max_length * (2 if train.are_pairs else 1)
+        ),
     }
 
 
@@ -98,10 +118,12 @@ def load_examples(
     *,
     split: Literal["train", "eval"] = "train",
     eval_max_rows: int = 2000,
+    of_pairs: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Examples:
     """Return the examples of one side of the held-out split.
 
+    of_pairs: whether the rows are preferences, and a sample is a pair of answers.
     eval_max_rows: the most samples that are held out or taken of data.eval: those with the smallest
         hashes.
     on_progress: called with the number of rows tokenised so far.
@@ -116,13 +138,13 @@ def load_examples(
         merges_system=data.system == "merge",
         date=None if data.date is None else datetime.date.fromisoformat(data.date),
     )
-    train_table = _table(data.train_sources, data.max_rows, data, encoder, on_progress)
+    train_table = _table(data, encoder, on_progress, of_pairs=of_pairs)
     if data.eval_sources is None:
         eval_table = train_table
         is_eval = _held_out(train_table, data.eval_fraction, eval_max_rows)
         train_rows, eval_rows = np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
     else:
-        eval_table = _table(data.eval_sources, None, data, encoder, on_progress, split="eval")
+        eval_table = _table(data, encoder, on_progress, of_pairs=of_pairs, split="eval")
         train_rows = np.arange(len(train_table.lengths))
         eval_rows = np.flatnonzero(_smallest(eval_table, eval_max_rows))
     report = data_report(data, (train_table, train_rows), (eval_table, eval_rows))
@@ -178,14 +200,15 @@ def _smallest(
 
 
 def _table(
-    sources: tuple[DataSource, ...],
-    max_rows: int | None,
     data: DataConfig,
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
     *,
+    of_pairs: bool,
     split: Split = "train",
 ) -> Table:
+    sources = _sources(data, split)
+    max_rows = data.max_rows if split == "train" else None
     prints = [fingerprint(source, split=split) for source in sources]
     key = {
         "version": _DATA_VERSION,
@@ -205,13 +228,17 @@ def _table(
         "too_long": data.too_long,
         "max_rows": max_rows,
         "max_bad_fraction": data.max_bad_fraction,
+        "of_pairs": of_pairs,
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
+        tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
         rows = (
             (i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split)
         )
-        facts = _tokenise(writer, sources, islice(rows, max_rows), data, encoder, on_progress)
+        samples = _conversations(islice(rows, max_rows), data, tally, of_pairs=of_pairs)
+        num_trainable = _tokenise(writer, samples, data, encoder, tally, on_progress)
+        facts = _facts(sources, encoder, tally, num_trainable=num_trainable)
         if [fingerprint(source, split=split) for source in sources] != prints:
             raise DataError(
                 f"{sources[0].path} changed while it was read: start again when it is complete"
@@ -262,40 +289,58 @@ class _Tally:
         )
 
 
+def _sources(data: DataConfig, split: Split) -> tuple[DataSource, ...]:
+    return data.train_sources if split == "train" else data.eval_sources or ()
+
+
 def _tokenise(
     writer: TableWriter,
-    sources: tuple[DataSource, ...],
-    raw_rows: Iterator[tuple[int, RawRow]],
+    samples: Iterator[tuple[int, RawRow, tuple[Conversation, ...]]],
     data: DataConfig,
     encoder: Encoder,
+    tally: _Tally,
     on_progress: Callable[[int], None] | None,
-) -> dict[str, object]:
-    """Write the samples of all rows into the table and return its facts.
+) -> int:
+    """Write the samples into the table, and return how many can be trained on.
 
-    Raises DataError if too many rows are bad, or no sample has a supervised token.
+    Raises DataError if too many rows are bad.
     """
-    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
     num_trainable = 0
-    for chunk in _chunks(_conversations(raw_rows, data, tally)):
+    for chunk in _chunks(samples):
         rows = []
-        for (source, place, conversation), encoded in zip(
-            chunk, encode(encoder, [row for *_, row in chunk]), strict=True
-        ):
-            if isinstance(encoded, str):
-                tally.bad(source, BadRow(place.path, place.line, encoded))
+        every = iter(encode(encoder, [each for *_, sample in chunk for each in sample]))
+        for source, place, sample in chunk:
+            encoded = [next(every) for _ in sample]
+            if fault := next((each for each in encoded if isinstance(each, str)), None):
+                tally.bad(source, BadRow(place.path, place.line, fault))
                 continue
-            row, reason = _cut(encoded, conversation.digest, source, data)
+            parts = after_common_prefix(
+                [each for each in encoded if not isinstance(each, str)], sample
+            )
+            row, reason = _cut(parts, _digest(sample), source, data)
             if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
                 tally.dropped_rows.append(BadRow(place.path, place.line, reason))
             num_trainable += reason is None
             rows.append(row)
-            tally.noticed.update(notices_of(conversation, encoder, data) | encoded.notices)
-            tally.ends |= encoded.ends
+            tally.noticed.update(
+                frozenset().union(
+                    *(notices_of(each, encoder, data) for each in sample),
+                    *(each.notices for each in parts),
+                )
+            )
+            tally.ends |= frozenset().union(*(each.ends for each in parts))
         if rows:
             writer.append(rows)
         if on_progress:
             on_progress(tally.num_rows.total())
     tally.check()
+    return num_trainable
+
+
+def _facts(
+    sources: tuple[DataSource, ...], encoder: Encoder, tally: _Tally, *, num_trainable: int
+) -> dict[str, Any]:
+    """Return the facts of a table. Raises DataError if no sample has a supervised token."""
     if not num_trainable:
         first = (
             f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
@@ -331,28 +376,41 @@ def _tokenise(
     }
 
 
+def _digest(sample: tuple[Conversation, ...]) -> int:
+    """Return the digest of a sample's content; see `Conversation.digest`."""
+    if len(sample) == 1:
+        return sample[0].digest
+    content = b"".join(each.digest.to_bytes(8, "big") for each in sample)
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
+
+
 def _cut(
-    encoded: Encoded, digest: int, source: int, data: DataConfig
+    parts: Sequence[Encoded], digest: int, source: int, data: DataConfig
 ) -> tuple[TableRow, str | None]:
-    """Return the sample as it is stored, and the reason if it is dropped."""
-    full_length = len(encoded.input_ids)
+    """Return the sample as it is stored, and the reason if it is dropped.
+
+    parts: its sequence, or both sequences of a pair, each of which is cut.
+    """
+    full_length = max(len(part.input_ids) for part in parts)
     is_long = full_length > data.max_length
-    spans = tuple(
-        (a, min(b, data.max_length), weight)
-        for a, b, weight in encoded.spans
-        if a < data.max_length
-    )
-    reason = None
-    if is_long and data.too_long == "drop":
-        reason = "too long"
-    elif not spans:
-        reason = (
-            "no supervised token left after the cut" if encoded.spans else "no supervised token"
-        )
+    ids: list[int] = []
+    spans: list[Span] = []
+    reason = "too long" if is_long and data.too_long == "drop" else None
+    for part in parts:
+        own = [
+            (len(ids) + first, len(ids) + min(end, data.max_length), weight)
+            for first, end, weight in part.spans
+            if first < data.max_length
+        ]
+        if not own and reason is None:
+            reason = (
+                "no supervised token left after the cut" if part.spans else "no supervised token"
+            )
+        spans += own
+        ids += part.input_ids[: data.max_length]
     if reason is None:
-        return TableRow(
-            encoded.input_ids[: data.max_length], spans, full_length, digest, source
-        ), None
+        chosen_tokens = min(len(parts[0].input_ids), data.max_length) if len(parts) > 1 else 0
+        return TableRow(ids, spans, full_length, digest, source, chosen_tokens), None
     return (
         TableRow([], (), full_length, digest, source),
         f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
@@ -360,13 +418,14 @@ def _cut(
 
 
 def _conversations(
-    rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally
-) -> Iterator[tuple[int, RawRow, Conversation]]:
-    """Yield the conversations of all usable rows with the number of their source.
+    rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally, *, of_pairs: bool
+) -> Iterator[tuple[int, RawRow, tuple[Conversation, ...]]]:
+    """Yield the conversations of all usable rows, two of a pair, with the number of their source.
 
     Bad rows are added to the tally. Raises DataError if one file contains rows of two formats.
     """
     columns = data.columns.named
+    read = normalise_pair if of_pairs else _normalise_one
     # The format of each file, and the line that it was detected in.
     formats: dict[str, tuple[Format, int]] = {}
     for source, raw in rows:
@@ -374,7 +433,7 @@ def _conversations(
         try:
             if raw.fault is not None:
                 raise RowError(raw.fault)
-            found, conversation = normalise(raw.value, columns=columns, ignored=data.ignore_keys)
+            found, sample = read(raw.value, columns=columns, ignored=data.ignore_keys)
             expected, line = formats.setdefault(raw.path, (found, raw.line))
             if found != expected:
                 raise DataError(
@@ -384,28 +443,32 @@ def _conversations(
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
-            if (
-                data.mask != "all"
-                and not conversation.assistant_weights
-                and conversation.text is None
-            ):
+            if data.mask != "all" and not sample[0].assistant_weights and sample[0].text is None:
                 raise RowError("it has no assistant message, so nothing to learn from")
         except RowError as error:
             tally.bad(source, BadRow(raw.path, raw.line, str(error)))
         else:
-            yield source, raw, conversation
+            yield source, raw, sample
+
+
+def _normalise_one(
+    row: Any, *, columns: Mapping[str, str] | None, ignored: Sequence[str]
+) -> tuple[Format, tuple[Conversation, ...]]:
+    found, conversation = normalise(row, columns=columns, ignored=ignored)
+    return found, (conversation,)
 
 
 def _chunks(
-    rows: Iterator[tuple[int, RawRow, Conversation]],
-) -> Iterator[list[tuple[int, RawRow, Conversation]]]:
+    rows: Iterator[tuple[int, RawRow, tuple[Conversation, ...]]],
+) -> Iterator[list[tuple[int, RawRow, tuple[Conversation, ...]]]]:
     """Group rows into chunks for one call of the tokenizer, limited in number and in characters."""
-    chunk: list[tuple[int, RawRow, Conversation]] = []
+    chunk: list[tuple[int, RawRow, tuple[Conversation, ...]]] = []
     num_chars = 0
     for row in rows:
         chunk.append(row)
-        num_chars += len(row[2].text or "") + sum(
-            len(message["content"]) for message in row[2].messages
+        num_chars += sum(
+            len(each.text or "") + sum(len(message["content"]) for message in each.messages)
+            for each in row[2]
         )
         if len(chunk) == _CHUNK_ROWS or num_chars > _CHUNK_CHARS:
             yield chunk

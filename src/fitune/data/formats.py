@@ -17,6 +17,8 @@
                         answer, output, completion, target         Firefly)
     text                text                                       plain text without a template,
                                                                    every token supervised
+    preference          chosen, rejected                           two conversations
+                                                                   (data/preferences.py)
 
 The keys of the row decide, never the name of the file; `data.columns` names keys that have other
 names. Texts may be lists of typed parts; tools and tool_calls may be JSON strings. None stands for
@@ -74,6 +76,8 @@ __all__ = [
     "RowError",
     "detect_format",
     "normalise",
+    "object_of",
+    "renamed",
 ]
 
 Format = Literal[
@@ -85,6 +89,7 @@ Format = Literal[
     "prompt_completion",
     "question_answer",
     "text",
+    "preference",
 ]
 
 
@@ -161,12 +166,12 @@ def normalise(
 
     Raises RowError with the reason if the row cannot be used.
     """
-    row = _object_of(row)
+    row = object_of(row)
     row = {
         key: None if is_none(value) else value for key, value in row.items() if key not in ignored
     }
     if columns:
-        row = _renamed(row, columns)
+        row = renamed(row, columns)
     found = detect_format(row)
     if found is None and (found := detect_format(plain := plain_keys(row))) is not None:
         row = plain
@@ -210,7 +215,7 @@ def normalise(
     )
 
 
-def _object_of(row: object) -> dict[str, object]:
+def object_of(row: object) -> dict[str, object]:
     """Return a row as an object, also if it is a list of messages, a text, or JSON text.
 
     Raises RowError for anything else.
@@ -233,7 +238,7 @@ def _object_of(row: object) -> dict[str, object]:
     return row
 
 
-def _renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+def renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
     """Return the row with its columns under our names.
 
     Keys that would decide the format are dropped if `columns` maps other keys to their meaning.

@@ -109,7 +109,7 @@ def refuse_other_meanings(row: Mapping[str, object], found: str | None) -> None:
             takes_it = (
                 "data.columns.completion=chosen (of texts with a prompt), data.columns.text=chosen "
                 "(of texts alone) or "
-                "data.columns.messages=chosen trains on it alone"
+                "data.columns.messages=chosen trains on it alone, objective=dpo on both answers"
             )
             hint = takes_it if key == "chosen" else LEAVE_OUT
             raise RowError(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import Batch, MicroBatch, Pairs, Row
 
 
 def split(
@@ -46,7 +46,8 @@ def group(
             for first in range(0, len(batch.rows), micro_rows)
         ]
     assert micro_tokens is not None
-    budget_tokens = max([micro_tokens, *map(len, batch.rows)])
+    sizes = (len(row) if packed else row.padded_tokens for row in batch.rows)
+    budget_tokens = max([micro_tokens, *sizes])
     return (_first_fit if packed else _consecutive)(batch.rows, budget_tokens)
 
 
@@ -55,26 +56,27 @@ def sort_by_length(batch: Batch) -> Batch:
 
     Samples of the same length keep their order.
     """
-    return Batch(tuple(sorted(batch.rows, key=len, reverse=True)))
+    return Batch(tuple(sorted(batch.rows, key=lambda row: row.padded_tokens, reverse=True)))
 
 
 def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch:
     """Return one micro-batch of all these samples, which must be at least one."""
-    lengths = [len(row) for row in rows]
+    sequences = [sequence for row in rows for sequence in row.sequences()]
+    lengths = [len(ids) for ids, _ in sequences]
     width = sum(lengths) if packed else max(lengths)
-    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(rows)) * width
-    num_positions = width if packed else width * len(rows)
+    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(lengths)) * width
+    num_positions = width if packed else width * len(lengths)
     ids_T = np.full(num_positions, pad_id, np.int64)
     positions_T = np.zeros(num_positions, np.int64)
     index, ids, weights = [], [], []
-    for row, start in zip(rows, starts, strict=True):
-        ids_T[start : start + len(row)] = row.input_ids
-        positions_T[start : start + len(row)] = np.arange(len(row))
-        targets = 1 + np.flatnonzero(row.loss_weights[1:])
+    for (row_ids, row_weights), start in zip(sequences, starts, strict=True):
+        ids_T[start : start + len(row_ids)] = row_ids
+        positions_T[start : start + len(row_ids)] = np.arange(len(row_ids))
+        targets = 1 + np.flatnonzero(row_weights[1:])
         index.append(start + targets - 1)
-        ids.append(row.input_ids[targets])
-        weights.append(row.loss_weights[targets])
-    shape = (1, width) if packed else (len(rows), width)
+        ids.append(row_ids[targets])
+        weights.append(row_weights[targets])
+    shape = (1, width) if packed else (len(lengths), width)
     return MicroBatch(
         row_ids=tuple(row.row_id for row in rows),
         row_lengths=tuple(lengths),
@@ -85,7 +87,23 @@ def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch
         target_ids_N=_int64(ids),
         target_weights_N=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         loss_weight=sum(row.loss_weight for row in rows),
+        pairs=_pairs(rows, [len(part) for part in index]),
     )
+
+
+def _pairs(rows: Sequence[Row], num_targets: Sequence[int]) -> Pairs | None:
+    """Return what a micro-batch of pairs needs; None for other samples.
+
+    num_targets: of each sequence.
+    """
+    judged = [row.judged for row in rows if row.judged is not None]
+    if not judged:
+        return None
+    assert len(judged) == len(rows)
+    most_targets = max(1, *num_targets)
+    facts = [(row.loss_weight, *each.reference) for row, each in zip(rows, judged, strict=True)]
+    places = [number * most_targets + np.arange(count) for number, count in enumerate(num_targets)]
+    return Pairs(most_targets, _int64(places), torch.tensor(facts, dtype=torch.float32))
 
 
 def _first_fit(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
@@ -110,10 +128,10 @@ def _consecutive(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
     groups: list[list[Row]] = []
     longest = 0
     for row in rows:
-        longest = max(longest, len(row))
+        longest = max(longest, row.padded_tokens)
         if not groups or longest * (len(groups[-1]) + 1) > budget_tokens:
             groups.append([])
-            longest = len(row)
+            longest = row.padded_tokens
         groups[-1].append(row)
     return groups
 

@@ -4,13 +4,15 @@ Shape suffixes here, in `objectives/` and in `step/`:
 
     B  samples of a micro-batch            S  tokens of a padded sample
     T  tokens of a micro-batch, flattened: B * S when padded, the sum of the lengths when packed
+    Q  sequences of a micro-batch: one a sample, or two of a pair
     N  supervised targets of a micro-batch
     D  hidden size                         V  vocabulary size
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +20,61 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """What a sample of preferences has besides its tokens. Its loss weight is 1."""
+
+    #: the tokens of the chosen answer with its prompt; those of the rejected one follow
+    chosen_tokens: int
+    #: the log-probability of the chosen and of the rejected answer under the reference, where the
+    #: objective has one
+    reference: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One tokenised sample."""
+    """One tokenised sample, which nothing parts: one sequence, or the two sequences of a pair."""
 
     row_id: int
     #: int32 [length]
     input_ids: npt.NDArray[np.int32]
     #: float32 [length]: the weight of token i *as a target*, 1 for an ordinary supervised token
-    #: and 0 for one that is not supervised. loss_weights[0] is 0, because no token predicts the
-    #: first one.
+    #: and 0 for one that is not supervised. It is 0 for the first token of a sequence, because no
+    #: token predicts that one.
     loss_weights: npt.NDArray[np.float32]
+    #: of a pair of answers
+    judged: Judged | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """The tokens of each of its sequences, which do not attend to each other."""
+        if self.judged is None:
+            return (len(self),)
+        return self.judged.chosen_tokens, len(self) - self.judged.chosen_tokens
+
+    def sequences(
+        self,
+    ) -> tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]], ...]:
+        """Return token ids and loss weights of each of its sequences."""
+        ends = list(accumulate(self.sequence_lengths))
+        parts = [
+            slice(end - length, end)
+            for end, length in zip(ends, self.sequence_lengths, strict=True)
+        ]
+        return tuple((self.input_ids[part], self.loss_weights[part]) for part in parts)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Its tokens if its sequences are padded to the longest of them."""
+        return max(self.sequence_lengths) * len(self.sequence_lengths)
+
+    @property
     def loss_weight(self) -> float:
         """Its part of the weight N that the losses of an effective batch are divided by."""
+        if self.judged is not None:
+            return float(self.loss_weights.any())
         return float(self.loss_weights.sum(dtype=np.float64))
 
     @property
@@ -72,6 +112,31 @@ class Batch:
 #: The tensor fields of `MicroBatch`. The types with the widest elements come first, so that each
 #: tensor is aligned when their bytes are joined.
 TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
+#: those of `Pairs`, in the same order
+PAIR_TENSORS = ("target_place_N", "facts_R3")
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What a micro-batch of pairs has besides the tokens of its sequences.
+
+    The values of its targets are summed by sequence in a grid of one line a sequence, which gives
+    the same result in every run; adding by index would not, on a GPU.
+    """
+
+    #: places of a line of the grid: the targets of the sequence with the most
+    most_targets: int
+    #: int64: the place of each target in the grid of Q * most_targets
+    target_place_N: torch.Tensor
+    #: float32: the loss weight of each pair, and the log-probabilities of its chosen and its
+    #: rejected answer under the reference
+    facts_R3: torch.Tensor
+
+    def sum_by_sequence(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Sum a value of each target over the targets of each sequence: [R, 2], with a graph."""
+        num_places = 2 * len(self.facts_R3) * self.most_targets
+        grid = values_N.new_zeros(num_places).index_copy(0, self.target_place_N, values_N)
+        return grid.view(-1, 2, self.most_targets).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +146,13 @@ class MicroBatch:
     It contains tensors, and the same facts as Python numbers. With those, no shape in the step
     depends on tensor data, and the step never waits for the device.
 
-    A packed micro-batch has B = 1 and S = T: its samples follow one another, and the positions
-    restart at each sample. A padded one has its samples padded on the right; the causal mask makes
-    an attention mask unnecessary.
+    A packed micro-batch has B = 1 and S = T: its sequences follow one another, and the positions
+    restart at each. A padded one has its sequences padded on the right; the causal mask makes
+    an attention mask unnecessary. A sample is one sequence; a pair is two, the chosen one first.
     """
 
     row_ids: tuple[int, ...]
-    #: the tokens of each sample; when packed they define the boundaries between samples
+    #: the tokens of each sequence; when packed they define the boundaries between sequences
     row_lengths: tuple[int, ...]
     packed: bool
     #: int64
@@ -102,6 +167,8 @@ class MicroBatch:
     target_weights_N: torch.Tensor
     #: the sum of its samples' weights
     loss_weight: float
+    #: where its samples are pairs
+    pairs: Pairs | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +186,7 @@ class MicroBatch:
 
     def sum_by_row(self, values_KN: torch.Tensor) -> torch.Tensor:
         """Sum K values of each target over the targets of each sample, in float64: [K, samples]."""
-        num_rows = len(self.row_ids)
+        num_rows = len(self.row_lengths)
         widths = self.row_lengths if self.packed else (self.input_ids_BS.shape[1],) * num_rows
         ends_R = torch.tensor(list(accumulate(widths)), device=values_KN.device)
         row_N = torch.bucketize(self.target_index_N, ends_R, right=True)
@@ -137,18 +204,36 @@ class MicroBatch:
 
     def joined(self) -> torch.Tensor:
         """Return the bytes of all tensors one after another, uint8 [bytes]."""
-        whole = bytearray().join(getattr(self, name).numpy().tobytes() for name in TENSORS)
+        whole = bytearray().join(part.numpy().tobytes() for part in self.tensors)
         return torch.frombuffer(whole, dtype=torch.uint8)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors, as `with_tensors` takes them."""
+        if self.pairs is None:
+            return tuple(getattr(self, name) for name in TENSORS)
+        pairs = tuple(getattr(self.pairs, name) for name in PAIR_TENSORS)
+        return (pairs[0], *(getattr(self, name) for name in TENSORS), pairs[1])
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Self:
+        """Return the same micro-batch with these tensors in place of `tensors`."""
+        pairs = self.pairs
+        if pairs is not None:
+            first, *tensors, last = tensors
+            pairs = replace(pairs, target_place_N=first, facts_R3=last)
+        changed: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        return replace(self, pairs=pairs, **changed)
 
     def views_of(self, joined: torch.Tensor) -> Self:
         """Return the same micro-batch with tensors that are views of `joined`.
 
         joined: the result of `self.joined()`, on any device.
         """
-        parts: list[torch.Tensor] = [getattr(self, name) for name in TENSORS]
+        parts = self.tensors
         pieces = joined.split([part.nbytes for part in parts])
-        views = [
-            piece.view(part.dtype).view(part.shape)
-            for piece, part in zip(pieces, parts, strict=True)
-        ]
-        return replace(self, **dict(zip(TENSORS, views, strict=True)))
+        return self.with_tensors(
+            [
+                piece.view(part.dtype).view(part.shape)
+                for piece, part in zip(pieces, parts, strict=True)
+            ]
+        )

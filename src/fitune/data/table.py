@@ -36,6 +36,7 @@ _SCHEMA = pyarrow.schema(
         ("num_supervised", pyarrow.int32()),
         ("digest", pyarrow.uint64()),
         ("source", pyarrow.int16()),
+        ("chosen_tokens", pyarrow.int32()),
     ]
 )
 _ROWS = "rows.arrow"
@@ -50,12 +51,14 @@ class TableRow:
     input_ids: Sequence[int]
     #: the supervised ranges as (start, end, weight)
     spans: Sequence[tuple[int, int, float]]
-    #: tokens before the cut
+    #: tokens before the cut; of a pair those of its longer sequence
     full_length: int
     #: a hash of the row's content
     digest: int
     #: the number of its source
     source: int
+    #: of a pair the tokens of its chosen sequence, which come first; else 0
+    chosen_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Table:
     num_supervised: npt.NDArray[np.int32]
     digests: npt.NDArray[np.uint64]
     sources: npt.NDArray[np.int16]
+    chosen_tokens: npt.NDArray[np.int32]
     #: a hash of all samples
     digest: str
     #: what `write` returned when the table was made
@@ -140,6 +144,7 @@ class TableWriter:
 
     def append(self, rows: Sequence[TableRow]) -> None:
         spans = [row.spans for row in rows]
+        chosen_tokens = np.array([row.chosen_tokens for row in rows], np.int32)
         batch = pyarrow.record_batch(
             [
                 _list_array([row.input_ids for row in rows], np.int32),
@@ -150,12 +155,15 @@ class TableWriter:
                 np.array([sum(end - start for start, end, _ in row) for row in spans], np.int32),
                 np.array([row.digest for row in rows], np.uint64),
                 np.array([row.source for row in rows], np.int16),
+                chosen_tokens,
             ],
             schema=_SCHEMA,
         )
         for column in batch.columns[:4]:
             for part in (column.offsets, column.values):
                 self._hash.update(part.to_numpy().tobytes())
+        if chosen_tokens.any():
+            self._hash.update(chosen_tokens.tobytes())
         self._sink.write_batch(batch)
 
     @property
@@ -212,6 +220,7 @@ def _open(directory: Path) -> Table | None:
         num_supervised=_joined((batch["num_supervised"].to_numpy() for batch in batches), np.int32),
         digests=_joined((batch["digest"].to_numpy() for batch in batches), np.uint64),
         sources=_joined((batch["source"].to_numpy() for batch in batches), np.int16),
+        chosen_tokens=_joined((batch["chosen_tokens"].to_numpy() for batch in batches), np.int32),
         digest=digest,
         facts=facts,
         starts=[0, *np.cumsum([batch.num_rows for batch in batches]).tolist()][:-1],

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fitune.data.packing import lay_out, split
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import Batch, Judged, MicroBatch, Row
 
 
 def rows_of(micro_batch: MicroBatch) -> tuple[Row, ...]:
@@ -20,14 +20,29 @@ def rows_of(micro_batch: MicroBatch) -> tuple[Row, ...]:
     starts = np.cumsum([0, *micro_batch.row_lengths[:-1]])
     if not micro_batch.packed:
         starts = np.arange(len(micro_batch.row_lengths)) * width
+    sequences = [
+        (ids_T[start : start + length].astype(np.int32), weights_T[start : start + length])
+        for start, length in zip(starts, micro_batch.row_lengths, strict=True)
+    ]
+    pairs = micro_batch.pairs
+    if pairs is None:
+        return tuple(
+            Row(row_id, *sequence)
+            for row_id, sequence in zip(micro_batch.row_ids, sequences, strict=True)
+        )
     return tuple(
         Row(
             row_id,
-            ids_T[start : start + length].astype(np.int32),
-            weights_T[start : start + length],
+            np.concatenate((chosen[0], rejected[0])),
+            np.concatenate((chosen[1], rejected[1])),
+            Judged(len(chosen[0]), (facts[1], facts[2])),
         )
-        for row_id, start, length in zip(
-            micro_batch.row_ids, starts, micro_batch.row_lengths, strict=True
+        for row_id, chosen, rejected, facts in zip(
+            micro_batch.row_ids,
+            sequences[::2],
+            sequences[1::2],
+            pairs.facts_R3.tolist(),
+            strict=True,
         )
     )
 

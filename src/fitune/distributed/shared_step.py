@@ -40,8 +40,8 @@ class StepReport:
     #: the row ids of each micro-batch; those of several processes one after another, with an empty
     #: tuple between two processes
     plan: tuple[tuple[int, ...], ...]
-    #: the loss of each micro-batch
-    losses: tuple[float, ...]
+    #: of each micro-batch the loss, and what `Objective.means` adds
+    losses: tuple[tuple[float, ...], ...]
     #: the squared gradient norm of each micro-batch, as `NormRecorder` records it
     norms: tuple[float, ...]
     #: the loss weight of each micro-batch
@@ -96,7 +96,11 @@ def _combined(reports: Sequence[StepReport], factors: Sequence[float]) -> StepRe
     pairs = list(zip(reports, factors, strict=True))
     return StepReport(
         plan=plan,
-        losses=tuple(loss * factor for each, factor in pairs for loss in each.losses),
+        losses=tuple(
+            tuple(share * factor for share in shares)
+            for each, factor in pairs
+            for shares in each.losses
+        ),
         norms=tuple(norm * factor**2 for each, factor in pairs for norm in each.norms),
         weights=tuple(weight for each in reports for weight in each.weights),
         left_out=tuple(sorted(row for each in reports for row in each.left_out)),

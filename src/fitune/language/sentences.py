@@ -44,7 +44,7 @@ _ROWS = {
     "'{key}' is {kind}, not a list of messages; the sample's keys are {keys}": "'{key}' 是{kind}，不是消息列表；样本的键有 {keys}",
     "the first of '{key}' is {kind}, not an object": "'{key}' 的第一项是{kind}，不是对象",
     "'{key}' is empty": "'{key}' 为空",
-    "data.columns.completion=chosen (of texts with a prompt), data.columns.text=chosen (of texts alone) or data.columns.messages=chosen trains on it alone": "只训练它：data.columns.completion=chosen（有提示的文本）、data.columns.text=chosen（只有文本）或 data.columns.messages=chosen",
+    "data.columns.completion=chosen (of texts with a prompt), data.columns.text=chosen (of texts alone) or data.columns.messages=chosen trains on it alone, objective=dpo on both answers": "只训练它：data.columns.completion=chosen（有提示的文本）、data.columns.text=chosen（只有文本）或 data.columns.messages=chosen；训练两个回答：objective=dpo",
     "its template arguments name '{name}', which is not one": "它的模板参数里有 '{name}'，这不是模板参数",
     "'{what}' is {kind}, not an object": "'{what}' 是{kind}，不是对象",
     "it has several {what}, {words}: data.columns.{ours}={key} names the one": "它有多个{what}（{words}）：用 data.columns.{ours}={key} 指明一个",

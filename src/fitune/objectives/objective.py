@@ -7,7 +7,7 @@ loss weights of all its samples (`Row.loss_weight`). So an objective trains alik
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from fitune.data.rows import MicroBatch, Row
 
+#: One pass over all chunks of a micro-batch: in the forward of training, in its backward where the
+#: logits are computed again there, or in an evaluation.
+Sweep = Literal["train", "backward", "eval"]
 #: The supervised tokens whose logits exist at the same time, at least. 256 tokens with a vocabulary
 #: of 151,936 take 148 MiB in float32.
 CHUNK_TOKENS = 256
@@ -26,6 +29,8 @@ class Chunking:
     """How many supervised tokens have logits at the same time."""
 
     train_tokens: int = CHUNK_TOKENS
+    #: whether the backward computes the logits again
+    again: bool = False
 
     @property
     def eval_tokens(self) -> int:
@@ -45,8 +50,9 @@ class Chunking:
 class Measured:
     """What an evaluation of one micro-batch found, on the device."""
 
-    #: float32: the weighted loss of each target; those of a sample add up to its loss
-    losses_N: Tensor
+    #: float32: the weighted loss of each target [N], which add up to those of the samples; of
+    #: pairs, the loss of each of them [R]
+    losses: Tensor
     #: sums over the micro-batch, by the names of `Objective.totals`
     totals: Mapping[str, Tensor]
 
@@ -64,10 +70,16 @@ class Objective(Protocol):
         """How the logits are computed in chunks; None if all of them exist at the same time."""
         ...
 
+    @property
+    def means(self) -> tuple[str, ...]:
+        """The fields of `StepMetrics` that a training step has beside its loss."""
+        ...
+
     def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the sum of the losses of a micro-batch, a float32 scalar with its graph.
 
-        Without targets it is 0, with zero gradients.
+        Where the objective has `means`, it is a vector: the loss, and then the sum of each of them
+        over the samples, without a graph. Without targets all are 0, with zero gradients.
         """
         ...
 
@@ -98,10 +110,10 @@ class Objective(Protocol):
         """
         ...
 
-    def watched(self, watch: Callable[[list[slice], bool], Iterable[slice]]) -> Self:
+    def watched(self, watch: Callable[[list[slice], Sweep], Iterable[slice]]) -> Self:
         """Return the same objective with `watch` between it and its chunks, for a recording.
 
-        watch: gets the chunks of one micro-batch and whether an evaluation computes them, and
-            yields those to compute.
+        watch: gets the chunks of one micro-batch and what computes them, and yields those to
+            compute.
         """
         ...

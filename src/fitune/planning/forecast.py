@@ -87,7 +87,9 @@ class Forecaster:
         self.num_shards = num_shards
         device = limits.device
         self._key = [
-            config.model_dump(mode="json", include={"model", "loss", "eval"}),
+            config.model_dump(
+                mode="json", include={"model", "loss", "objective", "preference", "eval"}
+            ),
             config.optim.model_dump(
                 mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}
             ),

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitune.config import DataConfig, MemoryConfig, RunConfig
+from fitune.config import MemoryConfig, RunConfig
 from fitune.errors import ModelError, UsageError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
@@ -122,11 +122,12 @@ def find_lengths(config: RunConfig) -> Lengths:
     if not all(path.exists() for path in paths):
         is_named = config.data.train != NO_DATA
         return uniform_lengths(
-            config.data, origin="data.max_length, as the data is not here" if is_named else None
+            config, origin="data.max_length, as the data is not here" if is_named else None
         )
     tokenizer = config.model.tokenizer or config.model.source
     key = [
         config.data.model_dump(mode="json"),
+        config.is_of_pairs,
         config.eval.max_rows,
         tokenizer,
         file_state(tokenizer),
@@ -136,11 +137,10 @@ def find_lengths(config: RunConfig) -> Lengths:
     return Lengths(**found | {"sample_tokens": tuple(found["sample_tokens"])})
 
 
-def uniform_lengths(data: DataConfig, *, origin: str | None = None) -> Lengths:
-    length = data.max_length
-    return Lengths(
-        (length,), 1.0, length if data.is_evaluated else 0, None, None, origin or "data.max_length"
-    )
+def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
+    length = config.sample_tokens
+    eval_length = length if config.data.is_evaluated else 0
+    return Lengths((length,), 1.0, eval_length, None, None, origin or "data.max_length")
 
 
 def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
@@ -166,25 +166,33 @@ def _read_lengths(config: RunConfig) -> Lengths:
         if source_kind(config.model.tokenizer or config.model.source) != "hub":
             tokenizer = load_tokenizer(config.model)
             train = load_examples(
-                config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows
+                config.data,
+                tokenizer,
+                split="train",
+                eval_max_rows=config.eval.max_rows,
+                of_pairs=config.is_of_pairs,
             )
             held_out = load_examples(
-                config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+                config.data,
+                tokenizer,
+                split="eval",
+                eval_max_rows=config.eval.max_rows,
+                of_pairs=config.is_of_pairs,
             )
             if not len(train):
                 return uniform_lengths(
-                    config.data, origin="data.max_length, as the data has no samples to train on"
+                    config, origin="data.max_length, as the data has no samples to train on"
                 )
             return lengths_of(train, held_out)
     except ModelError:
         return uniform_lengths(
-            config.data,
+            config,
             origin="data.max_length, as the model has no tokenizer to read the data with",
         )
     except UsageError:
         # a plan does not need the data; `fitune check` and `fitune train` say what is wrong with it
-        return uniform_lengths(config.data, origin="data.max_length, as the data cannot be read")
-    return uniform_lengths(config.data, origin="data.max_length, as the tokenizer is not here")
+        return uniform_lengths(config, origin="data.max_length, as the data cannot be read")
+    return uniform_lengths(config, origin="data.max_length, as the tokenizer is not here")
 
 
 def _any_card(num_bytes: int) -> Device:

@@ -254,7 +254,7 @@ def heaviest_passes(
     config: RunConfig, device: Device, *, row_tokens: int | None = None
 ) -> list[Pass]:
     """Return what `steady_passes` returns for samples that are all as long as the longest."""
-    length = row_tokens or config.data.max_length
+    length = row_tokens or config.sample_tokens
     num_rows = min(
         2 * rows_per_micro_batch(config.batch, device, length), config.batch.rows_per_step
     )

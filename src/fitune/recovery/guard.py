@@ -40,6 +40,7 @@ from fitune.recovery.size_control import LEVEL_RATIO, MemoryModel, choose_size, 
 from fitune.recovery.step import SafeResult, read_norms, safe_step, try_pieces
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import EvalResult, merge_evaluations
+from fitune.step.gradients import loss_of
 from fitune.step.optimizer_state import create_state
 from fitune.step.peers import ALONE, Alone, ShardedModel, SharedSamples
 from fitune.step.work import loss_share, micro_batch_work
@@ -334,8 +335,8 @@ class Guard:
         first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
         return check_model(
             self.protection.work.model,
-            lambda part, weight: loss_share(
-                self.protection.work.model, part, loss_weight=weight, settings=settings
+            lambda part, weight: loss_of(
+                loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings)
             ),
             ProbeSamples(both, first, second, empty, both.loss_weight),
             shards=self._shards,

@@ -71,6 +71,10 @@ class RunDirectory:
         return self.path / "data.json"
 
     @property
+    def reference(self) -> Path:
+        return self.path / "reference.json"
+
+    @property
     def peak(self) -> Path:
         return self.path / "peak.json"
 
@@ -456,7 +460,7 @@ def _directories(run: RunDirectory) -> tuple[Path, ...]:
 def _texts(run: RunDirectory) -> tuple[Path, ...]:
     return (
         *(run.config, run.env, run.plan, run.data, run.peak, run.metrics, run.eval_rows),
-        *(run.memory, run.events, run.journal, run.summary, run.report, run.probe),
+        *(run.memory, run.events, run.journal, run.summary, run.report, run.probe, run.reference),
     )
 
 

@@ -66,6 +66,12 @@ class StepMetrics:
     noise_scale_tokens: float | None = None
     noise_scale_preconditioned_tokens: float | None = None
     noise_bounce: float | None = None
+    #: Means over the pairs of a step of preferences: the rewards of the chosen and of the rejected
+    #: answer, their difference, and how often the chosen one has the larger reward.
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    margin: float | None = None
+    pair_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +80,20 @@ class EvalMetrics:
 
     step: int
     total_tokens: int
-    #: mean over all supervised tokens of the held-out samples
+    #: mean over all supervised tokens of the held-out samples, or over their pairs
     eval_loss: float
-    #: the exponential of the loss
-    eval_perplexity: float
-    #: the fraction of these tokens that the model predicts as most likely
-    eval_accuracy: float
     eval_tokens: int
     seconds: float
+    #: the exponential of the loss; None for preferences, as the next one
+    eval_perplexity: float | None = None
+    #: the fraction of the supervised tokens that the model predicts as most likely
+    eval_accuracy: float | None = None
     peak_allocated_bytes: int | None = None
+    #: of preferences, as in `StepMetrics`
+    eval_chosen_reward: float | None = None
+    eval_rejected_reward: float | None = None
+    eval_margin: float | None = None
+    eval_pair_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

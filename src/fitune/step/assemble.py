@@ -29,7 +29,7 @@ from fitune.model.compile import compile_layers
 from fitune.model.packed_attention import can_pack
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
-from fitune.objectives.supervised import choose_objective
+from fitune.objectives.choose import choose_objective
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings
 
@@ -115,7 +115,7 @@ def assemble(
     notes = [f"precision {precision.name}: {precision.reason}"]
     packed, note = packing or choose_packing(model, wanted=config.data.packing)
     recompute = _set_layers(model, config.model, device)
-    objective, loss_note = choose_objective(model, loss=config.loss, device=device)
+    objective, loss_note = choose_objective(model, config, device=device)
     notes += [line for line in (note, loss_note) if line]
     # Compiling and sharding follow the checks above, which run forwards: these would be compiled
     # too, and need the whole model in the host's memory. A recording needs the layers uncompiled.

@@ -65,7 +65,10 @@ class EvalTotals:
         """Add a micro-batch to the sums; if it fails, leave the sums unchanged."""
         here = micro_batch.to(self._device)
         measured = self._compute(here)
-        sums_2R = here.sum_by_row(torch.stack((measured.losses_N, here.target_weights_N)))
+        if here.pairs is None:
+            sums_2R = here.sum_by_row(torch.stack((measured.losses, here.target_weights_N)))
+        else:
+            sums_2R = torch.stack((measured.losses, here.pairs.facts_R3[:, 0])).double()
         for name, value in measured.totals.items():
             self._totals[name] += value
         self._sums_2R.append(sums_2R)

@@ -34,11 +34,18 @@ def backward(
 ) -> Tensor:
     """Compute the gradients, and return the loss without its graph.
 
+    loss: a scalar, or a vector whose first element is the loss; see `Objective.loss_sum`.
     alone: the micro-batch is the whole step; see `NormRecorder.reading`.
     """
     with nullcontext() if norms is None else norms.reading(alone=alone):
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        scalar = loss_of(loss)
+        torch.autograd.backward(scalar if scaler is None else scaler.scale(scalar))
     return loss.detach()
+
+
+def loss_of(share: Tensor) -> Tensor:
+    """Return the loss alone of what `Objective.loss_sum` returns, which has the graph."""
+    return share if share.dim() == 0 else share[0]
 
 
 class CommitBuffer:
@@ -121,6 +128,8 @@ class Clipped(NamedTuple):
     #: before clipping
     grad_norm: float
     norms: GradientNorms | None
+    #: of the step, those of `Objective.means`
+    means: tuple[float, ...] = ()
 
 
 def clip_gradients(
@@ -134,7 +143,7 @@ def clip_gradients(
 ) -> Clipped:
     """Clip `.grad` in place, and return loss and norms, with one transfer to the host.
 
-    losses: each piece's share of the mean loss.
+    losses: each piece's share of the mean loss, and of what follows it in a vector.
     norms: has recorded the micro-batches' norms, if they are wanted.
     """
     if scaler is not None:
@@ -146,12 +155,15 @@ def clip_gradients(
     ]
     on_device = [] if norms is None else [norms.values()]
     norm = peers.clip(parameters, max_norm)
-    host = torch.cat(
-        (torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)
-    ).tolist()
+    total = torch.stack(list(losses)).sum(0)
+    shares = (total,) if total.dim() == 0 else total.unbind()
+    host = torch.cat((torch.stack((norm.float(), *shares)), *on_device)).tolist()
+    grad_norm, loss, *means = host[: 1 + len(shares)]
     scale = 1.0 if scaler is None else scaler.get_scale()
-    read = None if norms is None else norms.read(host[2:], total_norm=host[1], scale=scale)
-    return Clipped(host[0], host[1], read)
+    read = None
+    if norms is not None:
+        read = norms.read(host[1 + len(shares) :], total_norm=grad_norm, scale=scale)
+    return Clipped(loss, grad_norm, read, tuple(means))
 
 
 def update(

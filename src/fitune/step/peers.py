@@ -153,11 +153,14 @@ def _report(progress: Progress[P], missing: tuple[int, ...]) -> StepReport:
     none = torch.zeros(0, device=progress.device)
     norms, weights = (none, ()) if progress.norms is None else progress.norms.recorded()
     losses = progress.losses
-    host = torch.cat((torch.stack(losses).float(), norms) if losses else (norms,)).tolist()
+    width = losses[0].numel() if losses else 1
+    shares = torch.stack(losses).float().flatten() if losses else none
+    host = torch.cat((shares, norms)).tolist()
+    num_shares = len(losses) * width
     return StepReport(
         plan=progress.plan,
-        losses=tuple(host[: len(losses)]),
-        norms=tuple(host[len(losses) :]),
+        losses=tuple(tuple(host[i : i + width]) for i in range(0, num_shares, width)),
+        norms=tuple(host[num_shares:]),
         weights=weights,
         left_out=tuple(sorted(progress.left_out)),
         lost_weight=progress.lost_weight,

@@ -30,6 +30,8 @@ class StepResult:
     updated: bool
     #: of each micro-batch's gradient, if a recorder was given
     norms: GradientNorms | None = None
+    #: those of `Objective.means`, in its order: sums over the samples, divided by N
+    means: tuple[float, ...] = ()
 
 
 NOTHING_TO_LEARN = StepResult(loss=None, grad_norm=None, loss_weight=0.0, updated=False)
@@ -48,7 +50,14 @@ def optimizer_step(work: Work[P], progress: Progress[P]) -> StepResult:
     progress.peers.ready()
     progress.place = "update"
     updated = update(work.optimizer, clipped.grad_norm, scaler=work.scaler, protected=work.commit)
-    return StepResult(clipped.loss, clipped.grad_norm, progress.loss_weight, updated, clipped.norms)
+    return StepResult(
+        clipped.loss,
+        clipped.grad_norm,
+        progress.loss_weight,
+        updated,
+        clipped.norms,
+        clipped.means,
+    )
 
 
 def clipped_gradient(work: Work[P], progress: Progress[P]) -> Clipped | None:

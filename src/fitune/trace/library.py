@@ -273,7 +273,15 @@ def _layouts(
 
 def _without_samples(config: RunConfig) -> tuple[object, ...]:
     """Return all that a recording depends on but its samples."""
-    return config.model, config.data.packing, config.optim, config.loss, config.memory.routing
+    return (
+        config.model,
+        config.data.packing,
+        config.optim,
+        config.loss,
+        config.objective,
+        config.preference,
+        config.memory.routing,
+    )
 
 
 def _without_recompute_and_loss(config: RunConfig) -> tuple[object, ...]:
@@ -285,6 +293,8 @@ def _without_recompute_and_loss(config: RunConfig) -> tuple[object, ...]:
         _without_recompute(config.model),
         config.data.packing,
         config.optim,
+        config.objective,
+        config.preference,
         config.memory.routing,
     )
 

@@ -18,12 +18,12 @@ from transformers import PretrainedConfig
 
 from fitune.config import ModelConfig, OptimConfig, RunConfig
 from fitune.data.packing import lay_out
-from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
+from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.objectives.objective import Chunking, Objective
-from fitune.objectives.supervised import Supervised
+from fitune.objectives.choose import unbound_objective
+from fitune.objectives.objective import Chunking, Objective, Sweep
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import MemoryTrace, OperatorWork
@@ -42,7 +42,11 @@ from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 #: The first compute capability that has bfloat16.
 FIRST_BFLOAT16 = (8, 0)
 Kind = Literal["state", "train", "eval"]
-CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_chunks"}
+CHUNK_LOOPS: Mapping[Sweep, str] = {
+    "train": "loss.chunks",
+    "backward": "loss.backward_chunks",
+    "eval": "loss.eval_chunks",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class PassLayouts:
     train: Layout
     eval: Layout
     #: makes up the samples; it is not bound to a model
-    objective: Objective = Supervised()  # noqa: RUF009 (frozen)
+    objective: Objective
 
     def group(self, each: Pass) -> list[list[Row]]:
         """Return the samples of each micro-batch of a pass that is recorded."""
@@ -80,7 +84,9 @@ class PassLayouts:
         layout = self.train if each.kind == "train" else self.eval
         groups = layout.group(Batch(tuple(rows)))
         positions = [
-            sum(map(len, rows)) if layout.packed else len(rows) * max(map(len, rows))
+            sum(map(len, rows))
+            if layout.packed
+            else len(rows) * max(row.padded_tokens for row in rows)
             for rows in groups
         ]
         largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
@@ -88,7 +94,8 @@ class PassLayouts:
 
 
 def pass_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> PassLayouts:
-    return PassLayouts(*choose_layouts(config.batch, config.eval, device, packed=packed))
+    layouts = choose_layouts(config.batch, config.eval, device, packed=packed)
+    return PassLayouts(*layouts, unbound_objective(config))
 
 
 def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) -> list[Pass]:
@@ -253,8 +260,8 @@ def record_columns_of_step(
         for packed in (True, False)
     }
 
-    def watched_chunks(slices: list[slice], evaluates: bool) -> Iterator[slice]:
-        name = CHUNK_LOOPS["eval" if evaluates else "train"]
+    def watched_chunks(slices: list[slice], sweep: Sweep) -> Iterator[slice]:
+        name = CHUNK_LOOPS[sweep]
         if skip_chunks:
             slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
         for number, each in enumerate(slices):
@@ -353,7 +360,11 @@ def shape_of_step(
             num_tokens = Batch(tuple(rows)).num_supervised_tokens
             parts = chunking.slices(num_tokens, evaluates=each.kind == "eval")
             last = parts[-1].stop - parts[-1].start if parts else 0
-            chunks.setdefault(CHUNK_LOOPS[each.kind], set()).add((len(parts), last))
+            sweeps: tuple[Sweep, ...] = ("eval",) if each.kind == "eval" else ("train",)
+            if chunking.again and each.kind == "train":
+                sweeps = ("train", "backward")
+            for sweep in sweeps:
+                chunks.setdefault(CHUNK_LOOPS[sweep], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
         return None
     of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
@@ -408,7 +419,7 @@ def _existing_objects_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _OnHost(MicroBatch):
     """A micro-batch whose move to the device is always a copy, as a move to a card is.
 
@@ -424,5 +435,4 @@ class _OnHost(MicroBatch):
         self.begin()
         if self.whole is not None:
             return self.views_of(self.whole.to(device, copy=True))
-        copies = {name: getattr(self, name).to(device, copy=True) for name in TENSORS}
-        return replace(self, **copies)
+        return self.with_tensors([part.to(device, copy=True) for part in self.tensors])

@@ -36,12 +36,23 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
         ).name,
         "data.train": _data_hash(train),
         "data.eval": _data_hash(held_out),
+        **_objective_identity(config),
         "batch.effective": config.batch.rows_per_step,
         **{f"optim.{key}": value for key, value in optim.items()},
         **{
             f"train.{key}": getattr(config.train, key)
             for key in ("seed", "epochs", "steps", "tokens")
         },
+    }
+
+
+def _objective_identity(config: RunConfig) -> Json:
+    if config.objective == "sft":
+        return {}
+    preference = config.preference.model_dump(mode="json")
+    return {
+        "objective": config.objective,
+        **{f"preference.{key}": value for key, value in preference.items()},
     }
 
 

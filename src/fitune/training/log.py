@@ -1,7 +1,10 @@
 """What a run writes down: the journal, the metrics, the events and the summary."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fitune.allocator.prediction import Prediction
 from fitune.batch_size.noise import noise_fields
@@ -111,6 +114,9 @@ def step_metrics(
     result: StepResult = safe.step
     assert result.loss is not None
     assert result.grad_norm is not None
+    # the noise is measured by loss weight, which is one a pair, and is told in tokens
+    are_pairs = any(row.judged is not None for row in batch.rows)
+    tokens_per_weight = batch.num_supervised_tokens / batch.loss_weight if are_pairs else 1.0
     return StepMetrics(
         step=state.step,
         tokens=batch.num_tokens,
@@ -126,8 +132,19 @@ def step_metrics(
         peak_allocated_bytes=peak.allocated_bytes,
         peak_reserved_bytes=peak.reserved_bytes,
         device_used_bytes=peak.device_bytes,
-        **noise_fields(state.noise, state.preconditioned_noise, step_tokens=result.loss_weight),
+        **noise_fields(
+            state.noise,
+            state.preconditioned_noise,
+            step_tokens=result.loss_weight,
+            tokens_per_weight=tokens_per_weight,
+        ),
     )
+
+
+def with_means(metrics: StepMetrics, names: Sequence[str], values: Sequence[float]) -> StepMetrics:
+    """Return the metrics with what the objective adds to them; see `Objective.means`."""
+    means: dict[str, Any] = dict(zip(names, values, strict=True))
+    return replace(metrics, **means)
 
 
 def run_summary(

@@ -38,7 +38,7 @@ from fitune.training.checkpoint.write import CheckpointWriter
 from fitune.training.growth import BatchGrowth
 from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length, steps_between_evals
-from fitune.training.log import RunLog, run_summary, step_metrics, step_record
+from fitune.training.log import RunLog, run_summary, step_metrics, step_record, with_means
 from fitune.training.resume import Replay, Start, check_replayed, replayed_fallbacks, replayed_split
 from fitune.training.samples import Data, micro_batches_of
 from fitune.training.saving import Saver
@@ -115,7 +115,7 @@ class TrainingLoop:
             config,
             setup,
             length=self.length,
-            supervised_fraction=data.train.report.supervised_fraction,
+            supervised_fraction=data.train.weight_per_token,
         )
         if self.state.batch.optim is not None:
             set_settings(setup.optimizer, self.state.batch.optim)
@@ -292,6 +292,7 @@ class TrainingLoop:
             peak=larger_peak(state.peak, peak),
         )
         metrics = step_metrics(state, batch, safe, lr=lr, peak=peak, seconds=seconds)
+        metrics = with_means(metrics, setup.settings.objective.means, result.means)
         self.log.step(metrics, progress=progress)
         if not result.updated:
             self.check_update(result)

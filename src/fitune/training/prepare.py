@@ -294,10 +294,15 @@ def load_data(
         tokenizer,
         split="train",
         eval_max_rows=config.eval.max_rows,
+        of_pairs=config.is_of_pairs,
         on_progress=on_progress,
     )
     held_out = load_examples(
-        config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+        config.data,
+        tokenizer,
+        split="eval",
+        eval_max_rows=config.eval.max_rows,
+        of_pairs=config.is_of_pairs,
     )
     if not len(train):
         raise DataError(

@@ -163,7 +163,7 @@ def try_settings(
 
 def _result(noise: NoiseEstimate | None, branches: Sequence[Branch], train: Examples) -> Probe:
     """Describe the branches and the noise scale, which is converted from tokens to samples."""
-    tokens_per_sample = train.report.train.num_supervised_tokens / len(train)
+    tokens_per_sample = train.weight_per_token * train.num_tokens / len(train)
 
     def in_samples(tokens: float | None) -> float | None:
         return None if tokens is None or math.isinf(tokens) else tokens / tokens_per_sample

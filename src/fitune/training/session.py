@@ -120,10 +120,10 @@ def _begin(
 ) -> tuple[RunDirectory, Summary]:
     """Do a run that begins, whether a new one or a replay."""
     config = request.resolved.config
-    replay, settings = None, None
+    replay, settings, kept = None, None, None
     existing = _existing_run(request) if isinstance(request, NewRun) and ranks.leads else None
     if isinstance(request, ReplayedRun):
-        settings = _settings(request.run)
+        settings, kept = _settings(request.run), request.run
     prepared = _prepare(
         config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks
     )
@@ -140,12 +140,14 @@ def _begin(
         replay = read_replay(request.run)
     if not ranks.leads:
         run = RunDirectory(ranks.exchange(Path())[0])
+        prepared = _with_reference(config, prepared, run, screen, kept=kept, ranks=ranks)
         return run, _train(config, prepared, run, screen=screen, replay=replay, ranks=ranks)
     run = _new_directory(request, prepared, screen, existing=existing)
     screen.begin(run)
     with working_on(run):
         _write_start(run, resolved, prepared)
         ranks.exchange(run.path)
+        prepared = _with_reference(config, prepared, run, screen, kept=kept, ranks=ranks)
         start = None
         if config.train.probe:
             config, prepared, start = _probe(resolved, prepared, run, screen)
@@ -244,9 +246,43 @@ def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
         if request.is_changed and ranks.leads:
             write_atomically(run.config, format_config(resolved))
         start = replace(start, notes=(*faults, *start.notes))
+        kept = None if checkpoint is None else run
+        prepared = _with_reference(config, prepared, run, screen, kept=kept, ranks=ranks)
         if config.train.probe:
             config, prepared, start = _probe(resolved, prepared, run, screen)
         return _train(config, prepared, run, screen=screen, start=start, ranks=ranks)
+
+
+def _with_reference(
+    config: RunConfig,
+    prepared: "Prepared",
+    run: RunDirectory,
+    screen: RunScreen,
+    *,
+    kept: RunDirectory | None,
+    ranks: Ranks,
+) -> "Prepared":
+    """Return the prepared run with the reference's log-probabilities, if its objective needs them.
+
+    kept: the run that has them; None to compute them, with weights that are not trained yet.
+    """
+    if not config.needs_reference:
+        return prepared
+    from fitune.training.reference import compute_reference, read_reference, write_reference
+
+    if kept is not None:
+        data = read_reference(kept, prepared.data)
+    else:
+        screen.stage(say("computing the log-probabilities under the reference"))
+        found = compute_reference(prepared.setup, prepared.data, ranks=ranks)
+        data = found.data
+        for note in found.notes if ranks.leads else ():
+            event = RunEvent(time=time.time(), step=0, kind="reference", message=note)
+            append_line(run.events, event)
+            screen.note(note)
+    if ranks.leads and kept != run:
+        write_reference(run, data)
+    return replace(prepared, data=data)
 
 
 def _train(
