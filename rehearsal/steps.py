@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from fitune.config import RunConfig
-from fitune.data.rows import Batch, Row
+from fitune.data.rows import Batch
 from fitune.model.load import load_model
+from fitune.objectives.objective import Objective
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.evaluate import evaluate
 from fitune.step.work import train_step
@@ -25,7 +26,7 @@ def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
     precision = choose_precision(config.model, card)
     model: Any = load_model(config.model, card, precision=precision, seed=config.train.seed)
     setup = assemble(model, config, device=card, precision=precision)
-    batch = batch_of(case.rows, model.config.vocab_size)
+    batch = batch_of(case.rows, model.config.vocab_size, setup.settings.objective)
 
     def step(number: int) -> None:
         if case.kinds[number - 1] == "eval":
@@ -45,15 +46,12 @@ def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
     return history
 
 
-def batch_of(rows: Rows, vocab_size: int) -> Batch:
+def batch_of(rows: Rows, vocab_size: int, objective: Objective) -> Batch:
     """The supervised tokens are the last ones of each row."""
     generator = np.random.default_rng(0)
-    made = []
-    for number, (length, num_supervised) in enumerate(rows):
-        weights = np.zeros(length, np.float32)
-        weights[length - num_supervised :] = 1
-        weights[0] = 0
-        made.append(
-            Row(number, generator.integers(0, vocab_size, length).astype(np.int32), weights)
+    return Batch(
+        tuple(
+            objective.made_up_row(number, generator.integers(0, vocab_size, length), num_supervised)
+            for number, (length, num_supervised) in enumerate(rows)
         )
-    return Batch(tuple(made))
+    )

@@ -423,8 +423,8 @@ def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(
         ),
         ("just text\n", "is of no tool that is known here"),
         ("model: {source: m}\ndata: {train: a}\n", "is fitune's own already"),
-        ("stage: dpo\nmodel_name_or_path: m\n", "supervised fine-tuning alone"),
-        ("base_model: m\nrl: dpo\n", "supervised fine-tuning alone"),
+        ("stage: ppo\nmodel_name_or_path: m\n", "only supervised fine-tuning"),
+        ("base_model: m\nrl: dpo\n", "only supervised fine-tuning"),
         ("finetuning_type: freeze\nmodel_name_or_path: m\n", "all weights .full. or adapters"),
         (
             "finetuning_type: lora\nmodel_name_or_path: m\n",
@@ -551,3 +551,19 @@ def test_all_training_arguments_as_transformers_writes_them_leave_nothing_over(
     found = imported(tmp_path, text, "args.json", model="m", data="a.jsonl")
     assert found.dropped == ()
     assert found.resolved.config.optim.lr == 5e-5
+
+
+def test_preferences_of_llama_factory_become_an_objective(tmp_path: Path) -> None:
+    text = "stage: dpo\nmodel_name_or_path: m\ndataset: d.json\nfinetuning_type: full\npref_beta: 0.2\n"
+    config = imported(tmp_path, text).resolved.config
+    assert (config.objective, config.preference.beta) == ("dpo", 0.2)
+    config = imported(tmp_path, f"{text}pref_loss: simpo\nsimpo_gamma: 0.7\n").resolved.config
+    assert (config.objective, config.preference.simpo_gamma) == ("simpo", 0.7)
+    config = imported(tmp_path, f"{text}pref_loss: ipo\n").resolved.config
+    assert config.preference.loss_type == "ipo"
+    for line, reason in (
+        ("pref_loss: kto_pair", "fitune has the losses sigmoid, hinge, ipo, orpo and simpo"),
+        ("pref_ftx: 0.5", "adds no loss of imitating"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            imported(tmp_path, f"{text}{line}\n")

@@ -337,7 +337,7 @@ def test_where_two_could_be_meant_from_decides(
         ("litgpt finetune_lora m", "is of litgpt"),
         ("trl dpo --model_name_or_path m", "'trl dpo' is no supervised fine-tuning"),
         (SWIFT + "--tuner_type adalora", "all weights .full. or adapters"),
-        (SWIFT + "--task_type seq_cls", "supervised fine-tuning alone"),
+        (SWIFT + "--task_type seq_cls", "only supervised fine-tuning"),
         (SWIFT + "--loss_scale hermes", "plain cross-entropy"),
         (SWIFT + "--enable_dft_loss true", "plain cross-entropy"),
         (SWIFT + "--freeze_parameters_ratio 0.5", "all weights .full. or adapters"),
@@ -514,8 +514,14 @@ def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Pat
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ("type: bradley_terry.chat_template", "fitune is for supervised fine-tuning alone"),
-        ("type: chatml.intel", "fitune is for supervised fine-tuning alone"),
+        (
+            "type: bradley_terry.chat_template",
+            "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported",
+        ),
+        (
+            "type: chatml.intel",
+            "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported",
+        ),
         ("type: input_output", "segments with labels of their own"),
         ("roles_to_train: [user, assistant]", "here the assistant's messages are learned"),
         ("message_field_training: keep", "call that key 'train' in the samples"),
@@ -588,7 +594,9 @@ def test_data_of_other_training_in_llama_factory_s_list_is_refused(
     ],
 )
 def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="fitune is for supervised fine-tuning alone"):
+    with pytest.raises(
+        ConfigError, match="only supervised fine-tuning and LLaMA-Factory's stage dpo are imported"
+    ):
         imported(tmp_path, f"model_name_or_path: m\ndataset_name: d.jsonl\n{more}\n")
 
 

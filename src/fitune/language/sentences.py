@@ -280,7 +280,7 @@ _IMPORTS = {
 }
 
 _REASONS = {
-    "fitune is for supervised fine-tuning alone": "fitune 只做监督微调",
+    "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported": "只导入监督微调和 LLaMA-Factory 的 stage dpo",
     "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": "fitune 用所有计入损失的 token 的普通交叉熵训练：去掉它就这样训练",
     "fitune trains all weights (full) or adapters (lora, qlora): take it out to train so": "fitune 训练全部权重（full）或适配器（lora、qlora）：去掉它就这样训练",
     "fitune's adapters are plain LoRA on linear layers: take it out to train so": "fitune 的适配器是线性层上的普通 LoRA：去掉它就这样训练",

@@ -145,7 +145,7 @@ def dpo_losses(
     if settings.loss_type == "hinge":
         losses_R = torch.relu(1 - margin_R)
     elif settings.loss_type == "robust":
-        right_R, wrong_R = -F.logsigmoid(margin_R), -F.logsigmoid(-margin_R)
+        right_R, wrong_R = F.softplus(-margin_R), F.softplus(margin_R)
         losses_R = ((1 - smoothing) * right_R - smoothing * wrong_R) / (1 - 2 * smoothing)
     elif settings.loss_type == "ipo":
         means_R2 = ratios_R2 / counts_R2
@@ -175,16 +175,16 @@ def orpo_losses(means_R2: Tensor, settings: PreferenceConfig) -> tuple[Tensor, T
     # log(1 - exp(x)); x is 0 only where a token has all of the probability
     inverse_R2 = torch.log(-torch.expm1(means_R2.clamp(max=-1e-7)))
     odds_R2 = means_R2 - inverse_R2
-    losses_R = -F.logsigmoid(odds_R2[:, 0] - odds_R2[:, 1])
+    losses_R = F.softplus(odds_R2[:, 1] - odds_R2[:, 0])
     return settings.beta * losses_R - means_R2[:, 0], settings.beta * means_R2
 
 
 def _smoothed(margin_R: Tensor, smoothing: float) -> Tensor:
     """Return the cross-entropy of a margin with labels that are wrong at this probability."""
-    losses_R = -F.logsigmoid(margin_R)
+    losses_R = F.softplus(-margin_R)
     if smoothing == 0:
         return losses_R
-    return losses_R * (1 - smoothing) - F.logsigmoid(-margin_R) * smoothing
+    return losses_R * (1 - smoothing) + F.softplus(margin_R) * smoothing
 
 
 def chunked_log_probs(hidden_ND: Tensor, head: Head, target_N: Tensor, *, chunks: Chunks) -> Tensor:

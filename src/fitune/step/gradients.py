@@ -155,15 +155,20 @@ def clip_gradients(
     ]
     on_device = [] if norms is None else [norms.values()]
     norm = peers.clip(parameters, max_norm)
-    total = torch.stack(list(losses)).sum(0)
-    shares = (total,) if total.dim() == 0 else total.unbind()
-    host = torch.cat((torch.stack((norm.float(), *shares)), *on_device)).tolist()
-    grad_norm, loss, *means = host[: 1 + len(shares)]
+    host = torch.cat((_totals(losses, norm), *on_device)).tolist()
+    num_shares = losses[0].numel()
+    (loss, *means), grad_norm = host[:num_shares], host[num_shares]
     scale = 1.0 if scaler is None else scaler.get_scale()
     read = None
     if norms is not None:
-        read = norms.read(host[1 + len(shares) :], total_norm=grad_norm, scale=scale)
+        read = norms.read(host[num_shares + 1 :], total_norm=grad_norm, scale=scale)
     return Clipped(loss, grad_norm, read, tuple(means))
+
+
+def _totals(losses: Sequence[Tensor], norm: Tensor) -> Tensor:
+    """Return the sums of the pieces' shares, and the norm behind them."""
+    total = torch.stack(list(losses)).sum(0)
+    return torch.stack((*(total.unbind() if total.dim() else (total,)), norm.float()))
 
 
 def update(

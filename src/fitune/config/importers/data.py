@@ -199,7 +199,9 @@ def _refuse_axolotl_source(draft: Draft, path: object, item: Mapping[str, object
     where = f"{draft.arguments.source}: the data {path}"
     if isinstance(kind, str) and _PREFERENCE_TYPES.match(kind):
         raise ConfigError(
-            [f"{where}, type {format_value(kind)}: fitune is for supervised fine-tuning alone"]
+            [
+                f"{where}, type {format_value(kind)}: only supervised fine-tuning and LLaMA-Factory's stage dpo are imported"
+            ]
         )
     if kind == "input_output":
         raise ConfigError(

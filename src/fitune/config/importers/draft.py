@@ -76,7 +76,8 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
                 )
             elif name in PREFERENCE_OF_TRL and arguments.tool == "TRL" and not is_off(value):
                 faults.append(
-                    f"{origins[name]} {name}: {format_value(value)}: fitune is for supervised fine-tuning alone"
+                    f"{origins[name]} {name}: {format_value(value)}: "
+                    "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported"
                 )
     if faults:
         raise ConfigError(faults)

@@ -13,8 +13,8 @@ def _none_of(names: str) -> dict[str, tuple[object, ...]]:
 # An argument that is off or has one of the listed values is plain supervised fine-tuning. Any other
 # value is a different training, which an import must not silently turn into this one.
 _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
-    "fitune is for supervised fine-tuning alone": {
-        "stage": ("sft", "pt"),
+    "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported": {
+        "stage": ("sft", "pt", "dpo"),
         "rl": ("sft",),
         "rlhf_type": (),
         "task_type": ("causal_lm", "CAUSAL_LM"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from fitune.config.importers.data import put_data
 from fitune.config.importers.draft import Draft, check_arguments, is_off, whole
 from fitune.config.importers.mask import put_mask
+from fitune.config.importers.preference import put_preference
 from fitune.config.importers.read import ToolArguments
 from fitune.config.importers.tools import MINIMIND_SCRIPTS
 from fitune.config.importers.training import put_optimizer, put_run_length, put_saving, put_schedule
@@ -95,6 +96,7 @@ def translate(
         _recompute,
         put_data,
         put_mask,
+        put_preference,
         _batch,
         put_optimizer,
         put_run_length,
