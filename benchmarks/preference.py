@@ -127,7 +127,8 @@ def fitune(directory: Path, *, objective: str) -> dict[str, Any]:
 
         start = time.process_time()
         scoring = replace(setup.settings, objective=target.as_supervised())
-        pieces = (piece for i in range(0, len(singles), 4) for piece in setup.eval_layout.split(Batch(tuple(singles[i : i + 4]))))  # fmt: skip
+        groups = (singles[first : first + 4] for first in range(0, len(singles), 4))
+        pieces = (piece for rows in groups for piece in setup.eval_layout.split(Batch(tuple(rows))))
         scores = np.array(evaluate(model, pieces, settings=scoring).row_losses).reshape(-1, 2)
         reference = (time.process_time() - start) / len(scores)
         rows = [

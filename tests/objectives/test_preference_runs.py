@@ -123,6 +123,14 @@ def test_the_reference_of_adapters_is_the_model_under_them(place: Path) -> None:
     assert kept[0] == kept[1]
 
 
+def test_the_example_trains(place: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "preferences"
+    data = f"data.train={example / 'pairs.jsonl'}"
+    train(str(example / "dpo.yaml"), "model.source=tiny", "model.tokenizer=tiny", data)
+    (first, *_) = read_metrics(Path("runs/dpo/metrics.jsonl")).evals
+    assert first.eval_pair_accuracy is not None
+
+
 def config_of(directory: Path, *overrides: str, rows: int) -> RunConfig:
     config = copy.deepcopy(TINY["llama"])
     config.num_hidden_layers = 6

@@ -42,9 +42,12 @@ Curve = Mapping[str, Column]
 TRAIN_COLUMNS = (
     "step", "total_tokens", "seconds", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
     "micro_batch", "num_micro_batches", "peak_allocated_bytes", "peak_reserved_bytes",
-    "device_used_bytes", "noise_ratio", "noise_scale_tokens",
+    "device_used_bytes", "noise_ratio", "noise_scale_tokens", "margin", "pair_accuracy",
 )  # fmt: skip
-EVAL_COLUMNS = ("step", "total_tokens", "seconds", "eval_loss", "eval_accuracy")
+EVAL_COLUMNS = (
+    "step", "total_tokens", "seconds", "eval_loss", "eval_accuracy", "eval_margin",
+    "eval_pair_accuracy",
+)  # fmt: skip
 MEMORY_COLUMNS = (
     "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes",
     "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "device_used_bytes",
