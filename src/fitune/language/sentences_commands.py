@@ -364,5 +364,4 @@ COMMANDS: dict[str, str] = {
     "{path} is of other samples, and the weights are trained already, so it cannot be computed: begin a new run": "{path} 属于别的样本，而权重已经训练过，无法再计算：请重新开始一次训练",
     "fitune has the losses {names} and {last}": "fitune 的损失有 {names} 和 {last}",
     "fitune adds no loss of imitating to one of preferences": "fitune 不在偏好损失上再加模仿损失",
-    "the reference is the model as the run begins here": "这里的参考模型就是训练开始时的模型",
 }

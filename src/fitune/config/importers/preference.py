@@ -25,8 +25,6 @@ def put_preference(draft: Draft) -> None:
         raise draft.refuse("pref_loss", f"fitune has the losses {', '.join(others)} and {last}")
     if not is_off(draft.argument("pref_ftx", 0)):
         raise draft.refuse("pref_ftx", "fitune adds no loss of imitating to one of preferences")
-    if not is_off(draft.argument("ref_model", None)):
-        raise draft.refuse("ref_model", "the reference is the model as the run begins here")
     objective, loss_type = _LOSSES[name]
     draft.write("objective", objective, draft.quoted("stage"))
     values: dict[str, tuple[str, float | str]] = {"beta": ("pref_beta", 0.1)}
@@ -39,5 +37,5 @@ def put_preference(draft: Draft) -> None:
     for key, (argument, default) in values.items():
         value = draft.argument(argument, default)
         given = argument in draft.arguments.values
-        comment = draft.origin(argument) if given else "default of LLaMA-Factory"
+        comment = draft.origin(argument) if given else f"default of {draft.tool}"
         draft.write(f"preference.{key}", value, f"{comment} {argument}" if given else comment)
