@@ -339,7 +339,7 @@ def _tokenise(
 
 def _facts(
     sources: tuple[DataSource, ...], encoder: Encoder, tally: _Tally, *, num_trainable: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the facts of a table. Raises DataError if no sample has a supervised token."""
     if not num_trainable:
         first = (
@@ -452,7 +452,7 @@ def _conversations(
 
 
 def _normalise_one(
-    row: Any, *, columns: Mapping[str, str] | None, ignored: Sequence[str]
+    row: object, *, columns: Mapping[str, str] | None, ignored: Sequence[str]
 ) -> tuple[Format, tuple[Conversation, ...]]:
     found, conversation = normalise(row, columns=columns, ignored=ignored)
     return found, (conversation,)

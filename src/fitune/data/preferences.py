@@ -16,7 +16,7 @@ Only what follows the prompt is judged. Every other key means what it means for 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any
+from typing import TypeGuard
 
 from fitune.data.formats import Conversation, Format, normalise, object_of, renamed
 from fitune.data.keys import ANSWER_KEYS, QUESTION_KEYS, TURN_KEYS, is_none
@@ -36,7 +36,7 @@ _ASSISTANTS = ("assistant", "gpt", "model", "bot", "chatgpt", "function_call", "
 
 
 def normalise_pair(
-    row: Any, *, columns: Mapping[str, str] | None = None, ignored: Sequence[str] = ()
+    row: object, *, columns: Mapping[str, str] | None = None, ignored: Sequence[str] = ()
 ) -> tuple[Format, tuple[Conversation, Conversation]]:
     """Convert one row into the conversations of its chosen and of its rejected answer.
 
@@ -83,36 +83,32 @@ def normalise_pair(
 
 
 def _prompt_and_answers(
-    row: Mapping[str, Any], chosen: Any, rejected: Any
-) -> tuple[Any, tuple[Any, Any]]:
+    row: Mapping[str, object], chosen: object, rejected: object
+) -> tuple[object, tuple[object, object]]:
     """Return the prompt, None where texts alone are compared, and both answers.
 
     Raises RowError if the answers are neither texts nor messages, or no prompt is found.
     """
-    answers = chosen, rejected
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(answer, str) and not _are_messages(answer):
             raise RowError(f"its '{name}' is {kind_of(answer)}, not a text or messages")
-    if isinstance(answers[0], str) != isinstance(answers[1], str):
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError("one of its answers is a text and the other is messages: write both alike")
-    first, second = answers
-    if not isinstance(first, str) and not _is_answer(first[0]):
-        common = [
-            a
-            for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-        ]
-        if not common or len(common) == min(len(first), len(second)):
+    if _are_messages(chosen) and _are_messages(rejected) and not _is_answer(chosen[0]):
+        same = takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))
+        common = [turn for turn, _ in same]
+        if not common or len(common) == min(len(chosen), len(rejected)):
             raise RowError(
                 "its chosen and its rejected conversation do not differ in their answers after the "
                 "same question"
             )
-        return common, (first[len(common) :], second[len(common) :])
+        return common, (chosen[len(common) :], rejected[len(common) :])
     turns = next((row[key] for key in TURN_KEYS if row.get(key)), None)
     question = next((row[key] for key in QUESTION_KEYS if row.get(key) is not None), None)
     prompt = question if turns is None else parsed(turns)
-    if prompt is None and not isinstance(first, str):
+    if prompt is None and not isinstance(chosen, str):
         raise RowError("it has answers but no prompt: data.columns.prompt=KEY names it")
-    return prompt, (first, second)
+    return prompt, (chosen, rejected)
 
 
 def after_common_prefix(parts: list[Encoded], sample: Sequence[Conversation]) -> list[Encoded]:
@@ -133,14 +129,14 @@ def after_common_prefix(parts: list[Encoded], sample: Sequence[Conversation]) ->
     ]
 
 
-def _answer(value: Any) -> Any:
+def _answer(value: object) -> object:
     """Return messages as a list of them, also if they are JSON text; anything else as it is."""
     read = parsed(value)
     read = [read] if isinstance(read, dict) else read
     return read if _are_messages(read) else value
 
 
-def _are_messages(value: Any) -> bool:
+def _are_messages(value: object) -> TypeGuard[list[dict[str, object]]]:
     return (
         isinstance(value, list)
         and bool(value)
@@ -148,5 +144,5 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def _is_answer(turn: Mapping[str, Any]) -> bool:
+def _is_answer(turn: Mapping[str, object]) -> bool:
     return str(role_of(turn)).strip().lower() in _ASSISTANTS

@@ -93,7 +93,13 @@ def pictures(comparison: Comparison) -> list[Picture]:
             y_title=say("norm"),
             from_zero=False,
         ),
-        curve_picture(runs, "margin", title=say("Margin of a pair"), y_title=say("reward")),
+        curve_picture(
+            runs,
+            "margin",
+            title=say("Margin of a pair"),
+            y_title=say("reward"),
+            from_zero=False,
+        ),
         curve_picture(
             runs, "pair_accuracy", title=say("Chosen answers preferred"), y_title=say("share")
         ),

@@ -144,7 +144,7 @@ def _with(data: Data, train: npt.NDArray[np.float32], held_out: npt.NDArray[np.f
     return Data(replace(data.train, reference=train), replace(data.eval, reference=held_out))
 
 
-def _side(examples: Examples) -> dict[str, Any]:
+def _side(examples: Examples) -> dict[str, object]:
     assert examples.reference is not None
     return {
         "data_hash": examples.data_hash,
