@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from disturbed_run import RUN, UNDISTURBED, error_of, train, train_until, weights
+from fitune.cli.app import main
 from fitune.report.compare import compare
 from fitune.report.page import page
 from fitune.run.answers import read_answers
@@ -73,7 +75,6 @@ def test_prompts_that_cannot_be_answered_are_refused(
 def test_a_watcher_sees_the_last_answers(capsys: pytest.CaptureFixture[str]) -> None:
     train("sft.yaml", *PROMPTS)
     last = read_answers(RUN.answers)[-1]
-    from fitune.cli.app import main
 
     capsys.readouterr()
     assert main(["watch", "run", "--once"]) == 0
@@ -81,3 +82,13 @@ def test_a_watcher_sees_the_last_answers(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["watch", "run", "--once", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["answers"]
     assert [line["prompt"] for line in shown] == ["w1 w2", "w3"]
+
+
+def test_what_is_saved_has_the_template_that_it_was_trained_with(tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{# mine #}"
+    )
+    train("sft.yaml", f"data.template={template}", "train.steps=1", "train.eval_every=1")
+    saved = AutoTokenizer.from_pretrained(RUN.last)
+    assert saved.chat_template == template.read_text()
