@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from disturbed_run import RUN, UNDISTURBED, error_of, train, train_until, weights
+from disturbed_run import RUN, STEPS, UNDISTURBED, error_of, train, train_until, weights
 from fitune.cli.app import main
 from fitune.report.compare import compare
 from fitune.report.page import page
@@ -42,6 +42,15 @@ def test_answers_do_not_change_the_run_and_a_resumed_run_has_them_once(
     assert all(0 < line.num_tokens <= 6 for line in answers)
     text = page(compare((RUN.path,)))
     assert f"<bdi>{answers[-1].answer}</bdi>" in text
+
+
+def test_answers_after_the_last_save_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No evaluation but the first is a best one, which would be saved."""
+    rates = ("optim.lr=1e-15", "train.eval_every=1", "train.save_every=4")
+    train_until(7, "sft.yaml", *PROMPTS, *rates, monkeypatch=monkeypatch)
+    assert read_answers(RUN.answers)[-1].step == 6
+    train("--resume", "runs/run")
+    assert len(RUN.answers.read_text().splitlines()) == 2 * (1 + STEPS)
 
 
 def test_a_run_goes_on_where_an_answer_finds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
