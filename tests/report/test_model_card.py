@@ -64,6 +64,14 @@ def test_a_card_names_a_base_and_data_of_the_hub() -> None:
     assert header["library_name"] == "peft"
 
 
+def test_a_model_is_exported_when_its_base_is_gone() -> None:
+    Path("tiny").unlink()
+    config = UNDISTURBED.config.read_text().replace("source: tiny", "source: ./tiny")
+    UNDISTURBED.config.write_text(config)
+    assert main(["export", "undisturbed", "--to", "hf", "-o", "out"]) == 0
+    assert "license" not in header_of((Path("out") / "README.md").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("text", ["", "license: mit", "---\nlicense: [a\n---\n", "---\n- 1\n---\n"])
 def test_a_licence_that_nobody_names_is_left_out(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)

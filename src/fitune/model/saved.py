@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.boundary import parse_json
 from fitune.config import ModelConfig, read_config
+from fitune.data.hub import is_hub_id
 from fitune.errors import ModelError, RunDirectoryError, UsageError
 from fitune.model.adapted_model import check_adapted, note_adapted, read_adapted
+from fitune.model.gguf import gguf_value
 from fitune.model.load import ignored_code, load_model, load_tokenizer
 from fitune.model.lora import load_adapters
-from fitune.model.source import source_kind
 from fitune.plain_files import read_plain
 from fitune.run.directory import RunDirectory
 
@@ -105,15 +107,19 @@ def learned_ends(run: RunDirectory) -> list[str]:
 
 
 def source_license(source: str) -> str | None:
-    """Return the licence that the model card of a model names; None if that is not known.
+    """Return the licence that a model's card or GGUF file names; None if that is not known.
 
-    Only files on this machine are read.
+    Only files on this machine are read; the model may be gone.
     """
-    kind = source_kind(source)
     card: Path | None = None
-    if kind == "directory":
-        card = Path(source).expanduser() / "README.md"
-    elif kind == "hub":
+    path = Path(source).expanduser()
+    if path.is_dir():
+        card = path / "README.md"
+    elif path.suffix == ".gguf":
+        with suppress(ImportError, OSError, ModelError):
+            named = gguf_value(path, "general.license")
+            return named if isinstance(named, str) else None
+    elif is_hub_id(source):
         try:
             cached = try_to_load_from_cache(source, "README.md")
         except HFValidationError:
