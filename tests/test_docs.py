@@ -25,10 +25,15 @@ READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "fitune demo": "cli/test_demo.py",
+    "fitune chat runs/first": "cli/test_chat.py",
+    "fitune chat first": "cli/test_chat.py",
+    'fitune chat first --base --system "Answer briefly."': "cli/test_chat.py",
+    "fitune export runs/first --to gguf --quantise q8_0 -o exported-gguf": "cli/test_chat.py",
+    "fitune export first --to gguf --quantise q8_0 -o first-gguf": "cli/test_chat.py",
     "fitune sweep three.yaml": "training/test_sweep.py",
     "torchrun --nproc_per_node 2 -m fitune train sft.yaml": "distributed/test_ranks.py",
     "torchrun --nproc_per_node 2 -m fitune train sft.yaml model.shard=full": "distributed/test_sharded_runs.py",
-}  # commands that are too slow for here, and the test that runs them
+}  # commands that are too slow for here, or need another tokenizer or a terminal, and the test that runs them
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -103,6 +103,8 @@ ENGLISH_ALONE = {
     "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
+    "report/model_card.py": "a file of an export, which is English as those of a run are",
+    "model/ollama.py": "a file of an export",
     "recorder/as_real.py": "PyTorch's own words",
     "language": "the catalogue, and the grammar of counts",
 }
@@ -265,7 +267,7 @@ def test_a_sentence_of_a_run_is_translated_to_its_last_word(
 
 
 @pytest.mark.parametrize("verb", ["", "env", "check", "plan", "plan-script", "train", "sweep", "watch", "runs", "compare",
-                                  "advise", "report", "export", "demo", "config", "config import"])  # fmt: skip
+                                  "advise", "report", "chat", "export", "demo", "config", "config import"])  # fmt: skip
 def test_the_help_of_every_verb_is_in_chinese(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

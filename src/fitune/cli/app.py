@@ -43,6 +43,7 @@ VERBS = {
     "compare": "Runs side by side, at equal tokens.",
     "advise": "What to change in a run, best first.",
     "report": "Runs as one offline HTML page.",
+    "chat": "A conversation with the fine-tuned model.",
     "export": "A run's weights for use elsewhere.",
     "config": "About configuration files.",
     "demo": "The whole story here in minutes: real model, real data.",

@@ -19,9 +19,10 @@ EXAMPLES = {
     "compare": ("fitune compare first second", "fitune compare first second --at 24M --md"),
     "advise": ("fitune advise first", "fitune advise first second"),
     "report": ("fitune report first -o first.html", "fitune report first second -o both.html"),
+    "chat": ("fitune chat first", 'fitune chat first --base --system "Answer briefly."'),
     "export": (
         "fitune export first --to hf -o exported",
-        "fitune export first --to minimind -o exported.pth",
+        "fitune export first --to gguf --quantise q8_0 -o first-gguf",
     ),
     "demo": ("fitune demo", "fitune demo --steps 8 --output elsewhere"),
     "config": ("fitune config import llama_factory.yaml -o sft.yaml", "fitune config schema"),

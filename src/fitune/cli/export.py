@@ -1,6 +1,7 @@
 """Implement `fitune export`, which writes a run's weights for other programs."""
 
-import json
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,17 +9,44 @@ from cyclopts import Parameter
 
 from fitune.cli.arguments import run_path
 from fitune.cli.output import make_directory, print_text
-from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError, UsageError
-from fitune.run.directory import RunDirectory, check_run_files, open_run
+from fitune.report.model_card import Exported, hub_id, model_card
+from fitune.report.run_on_disk import read_fitune_run
+from fitune.run.directory import check_run_files, open_run
+
+_DEFAULTS = {"hf": "export-hf", "gguf": "export-gguf"}
+INSTALL_GGUF = "pip install 'fitune[gguf]'"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is written, as far as it is a choice."""
+
+    quantise: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,
+        Parameter(
+            name=("--quantise", "--quantize"),
+            help="gguf: number format of the matrices; f16 where left out",
+        ),
+    ] = None
+    adapter: Annotated[
+        bool, Parameter(help="hf, gguf: the adapters alone instead of the merged model")
+    ] = False
+    exact: Annotated[
+        bool, Parameter(help="keep the number format (minimind: float16 is usual)")
+    ] = False
 
 
 def export(
     run: Annotated[Path, Parameter(help="a run's directory or name")],
     *,
     to: Annotated[
-        Literal["hf", "minimind", "pth"],
-        Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth"),
+        Literal["hf", "gguf", "minimind", "pth"],
+        Parameter(
+            help="hf: a transformers directory; gguf: for llama.cpp and Ollama; "
+            "minimind, or pth: a .pth"
+        ),
     ],
     output: Annotated[
         Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")
@@ -29,77 +57,74 @@ def export(
     trust_remote_code: Annotated[
         bool, Parameter(help="run Python code that comes with the run's model")
     ] = False,
-    exact: Annotated[
-        bool, Parameter(help="keep the number format (minimind: float16 is usual)")
-    ] = False,
+    form: Form = Form(),
 ) -> None:
-    """Write a run's weights as a transformers directory with merged adapters, or as a .pth file."""
+    """Write a run's weights for other programs, with adapters merged, and a model card.
+
+    hf and gguf are directories with a README.md of what the run measured; gguf also has a
+    Modelfile for Ollama. A .pth is one file.
+    """
     opened = open_run(run_path(run))
     check_run_files(opened, deep=True)
-    source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
-    if not source.is_dir():
-        raise RunDirectoryError(f"{opened.path} has no {source.name}/ yet: let the run save once")
-    target = output or opened.path / ("export-hf" if to == "hf" else "export-minimind.pth")
+    _check_form(to, form)
+    target = output or opened.path / _DEFAULTS.get(to, "export-minimind.pth")
     if target.exists():
         raise RunDirectoryError(
             f"{target} exists: give another place with -o, or remove it yourself"
         )
     from fitune.model.save import export_minimind, save_model
+    from fitune.model.saved import learned_ends, load_run, saved_weights, source_license
 
-    model, tokenizer = _load(opened, source, trust_remote_code=trust_remote_code)
+    source = saved_weights(opened, weights)
+    if form.adapter and not (source / "adapter_config.json").is_file():
+        raise UsageError(f"{source} holds no adapters: drop --adapter")
+    model, tokenizer = load_run(opened, source, trust_remote_code=trust_remote_code)
     make_directory(target.parent, flag="-o")
+    recorded, ends = read_fitune_run(opened.path), learned_ends(opened)
+    exported = Exported(
+        kind="adapter" if form.adapter else "gguf" if to == "gguf" else "transformers",
+        weights=source.name,
+        license=source_license(str(recorded.settings.get("model.source", ""))),
+    )
     if to == "hf":
-        save_model(model, target, tokenizer=tokenizer, merge=True, ends=_ends(opened))
-    elif exact:
+        card = model_card(recorded, exported)
+        save_model(model, target, tokenizer=tokenizer, merge=not form.adapter, ends=ends, card=card)
+    elif to == "gguf":
+        from fitune.model.gguf_write import GgufFacts, save_gguf, save_gguf_adapter
+
+        kind = "lora" if form.adapter else form.quantise or "f16"
+        exported = replace(exported, file_name=f"{recorded.name}-{kind}.gguf", quantisation=kind)
+        card = model_card(recorded, exported)
+        if form.adapter:
+            save_gguf_adapter(model, target, name=recorded.name, card=card)
+        else:
+            facts = GgufFacts(
+                name=recorded.name, base=hub_id(recorded), license=exported.license, ends=ends
+            )
+            save_gguf(
+                model,
+                target,
+                tokenizer=tokenizer,
+                quantisation=form.quantise or "f16",
+                facts=facts,
+                card=card,
+            )
+    elif form.exact:
         export_minimind(model, target, dtype=None)
     else:
         export_minimind(model, target)
     print_text(target)
 
 
-def _ends(run: RunDirectory) -> list[str]:
-    """Return the tokens that end the run's answers; runs of earlier versions do not record them."""
-    try:
-        return [str(end) for end in json.loads(run.data.read_text(encoding="utf-8"))["ends"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple[object, object]:
-    """Load (model, tokenizer) from saved weights; adapters are loaded onto the run's base model.
-
-    Somebody else may have made the directory, so its configuration alone must not allow Python
-    code of the model to run: the user has to allow it too. Raises UsageError if the two differ.
-    """
-    import torch
-
-    from fitune.model.adapted_model import check_adapted, read_adapted
-    from fitune.model.load import ignored_code, load_model, load_tokenizer
-    from fitune.model.lora import load_adapters
-
-    base = read_config(run.config).config.model
-    if base.trust_remote_code and not trust_remote_code:
-        without = base.model_copy(update={"trust_remote_code": False})
-        # Configurations of other tools often set the switch for models that need none.
-        base = base if ignored_code(without) else without
-    if base.trust_remote_code != trust_remote_code:
+def _check_form(to: str, form: Form) -> None:
+    """Raise UsageError for a flag that this kind of export does not have, or a missing package."""
+    if form.quantise is not None and (to != "gguf" or form.adapter):
         raise UsageError(
-            f"{run.path} asks to run the Python code that comes with {base.source}: read that "
-            "code, then add --trust-remote-code"
-            if base.trust_remote_code
-            else f"{run.path} was trained without its model's own code: drop --trust-remote-code"
+            "--quantise is of a whole model as GGUF: give --to gguf without --adapter, or drop it"
         )
-    cpu = torch.device("cpu")
-    if not (weights / "adapter_config.json").is_file():
-        saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
-        return load_model(saved, cpu), load_tokenizer(saved)
-    adapted = read_adapted(weights)
-    if Path(adapted.source).is_absolute() and not Path(adapted.source).exists():
-        raise RunDirectoryError(
-            f"{adapted.source}, which {weights} adapts, is no longer there: put it back"
-        )
-    plain = base.model_copy(update={"source": adapted.source, "method": "full"})
-    model = load_model(plain, cpu, seed=adapted.seed)
-    check_adapted(adapted, model, adapters=weights)
-    tokenizer = load_tokenizer(plain.model_copy(update={"tokenizer": str(weights)}))
-    return load_adapters(model, weights), tokenizer
+    if form.adapter and to not in ("hf", "gguf"):
+        raise UsageError(f"--to {to} merges adapters: drop --adapter, or use --to hf")
+    if form.exact and to in ("hf", "gguf"):
+        raise UsageError(f"--exact has no effect with --to {to}: drop it")
+    if to == "gguf" and find_spec("gguf") is None:
+        raise UsageError(f"--to gguf needs the package gguf: {INSTALL_GGUF}")

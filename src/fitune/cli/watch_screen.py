@@ -28,6 +28,7 @@ SILENCE_SECONDS = 15.0
 SPEED_STEPS = 20
 MIN_EVENT_LINES = 6
 MAX_CHART_HEIGHT = 12
+MAX_ANSWER_LINES = 3
 MAX_COLUMNS_PER_STEP = 4
 #: Spaces, words, and single Chinese characters with the punctuation behind them.
 _PARTS = re.compile(r"\s+|[\u2e80-\uffef][，。：；、）]*|[^\s\u2e80-\uffef]+")
@@ -54,7 +55,7 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
 
     height: None for as many lines as needed.
     """
-    head, numbers = list(_head(view, width=width, now=now)), list(_numbers(view))
+    head, numbers = list(_head(view, width=width, now=now)), [*_numbers(view), *_answers(view)]
     memory, events = list(_memory(view, width=width)), list(_events(view, width=width))
     chart_height, room = 1, sum(map(len, events))
     if height is not None:
@@ -93,6 +94,7 @@ def watch_json(view: RunView, *, now: float) -> dict[str, object]:
         },
         "step": as_json(view.steps[-1]) if view.steps else None,
         "eval": as_json(view.evals[-1]) if view.evals else None,
+        "answers": [as_json(line) for line in view.answers],
         "sample": as_json(view.samples[-1]) if view.samples else None,
         "events": [as_json(event) for event in view.events[-20:]],
     }
@@ -345,6 +347,15 @@ def _numbers(view: RunView) -> Iterator[Text]:
         yield Text(" · ".join(parts))
     if view.samples:
         yield Text(" · ".join(_device_parts(view.samples[-1])))
+
+
+def _answers(view: RunView) -> Iterator[Text]:
+    """Yield a line for each of the first prompts: the prompt, and its last answer."""
+    for line in view.answers[:MAX_ANSWER_LINES]:
+        at = say("step {step}", step=f"{line.step:,}")
+        yield Text(printable_line(f"{at}  {line.prompt}  > ")).append(
+            printable_line(" ".join(line.answer.split())), style="green"
+        )
 
 
 def _device_parts(sample: MemorySample) -> Iterator[str]:

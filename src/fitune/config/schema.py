@@ -102,6 +102,7 @@ class RunConfig(Section):
                 "data.eval_fraction is 0 and data.eval "
                 "is not given: give evaluation data, or drop it"
             )
+        faults += self._prompts_without_effect()
         if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
             faults.append(
                 "optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them"
@@ -123,6 +124,16 @@ class RunConfig(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _prompts_without_effect(self) -> Iterator[str]:
+        if not self.eval.prompts:
+            if self.eval.new_tokens != EvalConfig.model_fields["new_tokens"].default:
+                yield "eval.new_tokens has no effect without eval.prompts: give some, or drop it"
+        elif not self.data.is_evaluated:
+            yield (
+                "eval.prompts are answered at evaluations, and data.eval_fraction is 0: give "
+                "evaluation data, or drop them"
+            )
 
     def _not_sharded(self) -> Iterator[str]:
         model = self.model
@@ -150,6 +161,8 @@ class RunConfig(Section):
                 "model.shard full every pass is "
                 "one of all: set memory.on_oom to stop, or drop model.shard"
             )
+        if self.eval.prompts:
+            yield "eval.prompts does not work with model.shard full: drop one of them"
         if self.train.probe:
             yield (
                 "train.probe works in one process and model.shard full needs several: drop one of them"

@@ -409,6 +409,10 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     micro: Positive | Auto = Field("auto", description="samples in one forward of the evaluation")
     max_rows: Positive = Field(2000, description="samples that are evaluated, at most")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="questions that are answered, and the answers kept, at each evaluation"
+    )
+    new_tokens: Positive = Field(64, description="tokens of an answer to eval.prompts, at most")
 
 
 class OutputConfig(Section):

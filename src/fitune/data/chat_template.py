@@ -414,6 +414,16 @@ def read_template(
     return default, template(named["tool_use"], "the tokenizer's chat template 'tool_use'")
 
 
+def template_text(own: str | dict[str, str] | None, path: str) -> str:
+    """Return the text of the template that `read_template` finds.
+
+    own: the tokenizer's template, or several by name.
+    """
+    if isinstance(own, dict) and path in own and not Path(path).exists():
+        return own[path]
+    return read_plain(Path(path).expanduser(), follow=True).decode()
+
+
 def _with_parts(message: Message) -> Message:
     content = message["content"]
     return (

@@ -397,4 +397,25 @@ _SCRIPT: dict[str, str] = {
     "largest {name} that fits: {value}": "放得下的最大 {name}：{value}",
 }
 
-CHINESE: dict[str, str] = {**_PLAN, **_REPORT, **_WATCH, **_COMMANDS, **_SCRIPT, **OUT_OF_MEMORY}
+_CHAT: dict[str, str] = {
+    "{path} answers; Ctrl-C stops an answer, /reset begins anew, /exit or Ctrl-D ends": (
+        "{path} 来回答；Ctrl-C 中止回答，/reset 重新开始，/exit 或 Ctrl-D 结束"
+    ),
+    "{word} is no command: /reset or /exit": "没有命令 {word}：可用 /reset 或 /exit",
+    "base": "基座模型",
+    "tuned": "微调后",
+    ">tokens": ">token 数",
+    "answer": "回答",
+    "Answers": "评估时的回答",
+    "step {step}": "第 {step} 步",
+}
+
+CHINESE: dict[str, str] = {
+    **_PLAN,
+    **_REPORT,
+    **_WATCH,
+    **_COMMANDS,
+    **_SCRIPT,
+    **_CHAT,
+    **OUT_OF_MEMORY,
+}

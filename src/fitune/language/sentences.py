@@ -5,6 +5,7 @@ Such a sentence stays English in JSON and in what is written into a run director
 `{name}` stands for any text, `{name:n}` for a number and `{name:w}` for a word; what stands there is translated in turn.
 """
 
+from fitune.language.sentences_after_training import AFTER_TRAINING
 from fitune.language.sentences_commands import COMMANDS
 from fitune.language.sentences_models import MODELS
 from fitune.language.sentences_runs import RUNS
@@ -334,5 +335,5 @@ _REASONS = {
 
 SENTENCES: dict[str, str] = {
     **_MESSAGES, **_ROWS, **_FILES, **_TEMPLATES, **_NOTES, **_LOGS, **_IMPORTS, **_REASONS,
-    **SCREENS, **COMMANDS, **MODELS, **RUNS, **SCRIPTS,
+    **SCREENS, **COMMANDS, **AFTER_TRAINING, **MODELS, **RUNS, **SCRIPTS,
 }  # fmt: skip

@@ -184,6 +184,11 @@ def _parsed(parts: tuple[tuple[str, int, int], ...]) -> Any:
     return first
 
 
+def gguf_value(path: Path, key: str) -> object:
+    """Return a value of the file's header; None if the header lacks it."""
+    return _field(_reader(path), key)
+
+
 def _field(reader: Any, name: str) -> Any:
     """Return the value of a key in the header; None if the header lacks it."""
     field = reader.fields.get(name)

@@ -40,6 +40,7 @@ def save_model(
     tokenizer: Tokenizer,
     merge: bool = False,
     ends: Sequence[str] = (),
+    card: str | None = None,
 ) -> None:
     """Write a directory that plain transformers loads, with tokenizer and chat template.
 
@@ -48,11 +49,14 @@ def save_model(
     is complete.
 
     ends: the tokens with which the model has learned to end.
+    card: the text of its README.md.
 
     Raises ModelError if `directory` contains something else or cannot be written.
     """
     with replaced_directory(directory) as unfinished:
         write_files(unfinished, model_files(model, tokenizer=tokenizer, merge=merge, ends=ends))
+        if card is not None:
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights_name, tensors = saved_tensors(model, merge=merge)
         write_tensors(unfinished / weights_name, tensors)
 
@@ -77,21 +81,7 @@ def model_files(
                 (Path(directory) / FILE).write_bytes(noted)
         else:
             plain = _plain(model)
-            generation = plain.generation_config
-            if generation is not None:
-                known = (
-                    generation.eos_token_id
-                    if generation.eos_token_id is not None
-                    else tokenizer.eos_token_id
-                )
-                known = known if isinstance(known, list) else [] if known is None else [known]
-                learned = [tokenizer.convert_tokens_to_ids(end) for end in ends]
-                all_ends = list(
-                    dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))])
-                )
-                generation.eos_token_id = (
-                    all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
-                )
+            add_ends(plain, tokenizer, ends)
             plain.save_pretrained(directory, state_dict={})
         tokenizer.save_pretrained(directory)
         files = (
@@ -100,6 +90,20 @@ def model_files(
             if path.is_file() and path.suffix != ".safetensors"
         )
         return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def add_ends(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, ends: Sequence[str]) -> None:
+    """Let generations stop at these tokens too, besides those where they stopped before."""
+    generation = _plain(model).generation_config
+    if generation is None:
+        return
+    known = (
+        generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    )
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    learned = [tokenizer.convert_tokens_to_ids(end) for end in ends]
+    all_ends = list(dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))]))
+    generation.eos_token_id = all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:

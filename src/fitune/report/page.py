@@ -28,7 +28,7 @@ from fitune.report import tables
 from fitune.report.advice import advise
 from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Section, Series, pictures
 from fitune.report.compare import ComparedRun, Comparison
-from fitune.report.run_on_disk import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
+from fitune.report.run_on_disk import EMBEDDED_ID, MAX_ANSWERS, MAX_EVENTS, RecordedRun, clip, embed
 from fitune.report.suggestion import Advice
 from fitune.report.verdicts import finite_loss, outcome, verdicts
 from fitune.run.directory import OUTPUT_KEY, write_atomically
@@ -118,6 +118,7 @@ def _body(comparison: Comparison, drawn: Sequence[Picture], *, title: str) -> st
             _section("peak", say("One step under the microscope"), peak),
             _section("data", say("Data"), _plots(drawn, "data")),
             _section("advice", say("Advice"), _advice(best, advice)),
+            _section("answers", say("Answers"), "".join(_answers(run) for run in runs)),
             _section("events", say("Events"), "".join(_events(run) for run in runs)),
             _section("settings", say("Settings"), "".join(_settings(run) for run in runs)),
             "</main>",
@@ -324,6 +325,21 @@ def _advice(row: ComparedRun | None, advice: Sequence[Advice]) -> str:
     commands = "\n".join(_text(each.command) for each in advice if each.command)
     whose = f"<p class='soft'>{_text(say('for {name}', name=row.name))}</p>"
     return f"{whose}{_table(heads, rows)}<pre>{commands}</pre>"
+
+
+def _answers(run: RecordedRun) -> str:
+    """Return a table of the answers to each prompt: one row for each evaluation."""
+    parts = []
+    for prompt in dict.fromkeys(line.prompt for line in run.answers):
+        rows = [
+            [f"{line.step:,}", f"{line.num_tokens:,}", line.answer]
+            for line in run.answers[-MAX_ANSWERS:]
+            if line.prompt == prompt
+        ]
+        heads = [say(">step"), say(">tokens"), say("answer")]
+        summary = f"<summary>{_bdi(run.name)}: {_bdi(prompt)}</summary>"
+        parts.append(f"<details open>{summary}{_table(heads, rows)}</details>")
+    return "".join(parts)
 
 
 def _events(run: RecordedRun) -> str:

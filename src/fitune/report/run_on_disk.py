@@ -25,6 +25,7 @@ from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import MAX_LOG_BYTES, read_plain
 from fitune.report.thin import thin_all
+from fitune.run.answers import EvalAnswer, read_answers
 from fitune.run.directory import read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
 from fitune.run.metrics import (
@@ -62,6 +63,8 @@ _MOST = 1e30
 EMBEDDED_ID = "fitune-runs"
 #: the most events of a run that a report contains
 MAX_EVENTS = 200
+#: the most answers of a run that a report contains
+MAX_ANSWERS = 200
 #: the most characters of a text that a report contains
 MAX_CHARS = 300
 
@@ -83,6 +86,7 @@ class RecordedRun:
     evals: Curve
     memory: Curve
     eval_rows: tuple[EvalRows, ...] = ()
+    answers: tuple[EvalAnswer, ...] = ()
     events: tuple[RunEvent, ...] = ()
     #: the content of plan.json, env.json, data.json and peak.json; None if there is no such file
     plan: Mapping[str, Any] | None = None
@@ -144,6 +148,7 @@ def read_fitune_run(path: Path) -> RecordedRun:
         evals=_eval_curve(metrics.evals if metrics else (), train),
         memory=memory,
         eval_rows=read_eval_rows(run.eval_rows) if run.eval_rows.exists() else (),
+        answers=read_answers(run.answers),
         events=read_events(run.events) if run.events.exists() else (),
         plan=plan,
         env=env,
@@ -303,6 +308,10 @@ def embed(run: RecordedRun, *, max_points: int) -> dict[str, object]:
             asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]}
             for rows in run.eval_rows[-1:]
         ],
+        "answers": [
+            asdict(line) | {"prompt": clip(line.prompt), "answer": clip(line.answer)}
+            for line in run.answers[-MAX_ANSWERS:]
+        ],
         "events": [
             asdict(event) | {"message": clip(event.message)} for event in run.events[-MAX_EVENTS:]
         ],
@@ -375,6 +384,8 @@ def _unembed(content: Mapping[str, Any]) -> RecordedRun:
             )
             for rows in content["eval_rows"]
         ),
+        # reports of earlier versions have none
+        answers=tuple(EvalAnswer(**line) for line in content.get("answers", ())),
         events=tuple(RunEvent(**event) for event in content["events"]),
         notes=tuple(content["notes"]),
     )

@@ -7,6 +7,7 @@
     peak.json        what is allocated at the predicted peak
     metrics.jsonl    one line per step and evaluation
     eval_rows.jsonl  one line per evaluation, with the loss of each sample
+    answers.jsonl    the answers to eval.prompts at each evaluation
     memory.jsonl     memory over time
     events.jsonl     what happened
     journal.jsonl    what each step did, for resume and replay
@@ -85,6 +86,10 @@ class RunDirectory:
     @property
     def eval_rows(self) -> Path:
         return self.path / "eval_rows.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        return self.path / "answers.jsonl"
 
     @property
     def memory(self) -> Path:
@@ -460,7 +465,8 @@ def _directories(run: RunDirectory) -> tuple[Path, ...]:
 def _texts(run: RunDirectory) -> tuple[Path, ...]:
     return (
         *(run.config, run.env, run.plan, run.data, run.peak, run.metrics, run.eval_rows),
-        *(run.memory, run.events, run.journal, run.summary, run.report, run.probe, run.reference),
+        *(run.answers, run.memory, run.events, run.journal, run.summary, run.report, run.probe),
+        run.reference,
     )
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fitune.boundary import parse_json
+from fitune.errors import RunDirectoryError
 from fitune.plain_files import MAX_LOG_BYTES, open_plain, read_plain
+from fitune.run.answers import EvalAnswer, read_answers
 from fitune.run.directory import RunDirectory, RunRecord, read_run
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
@@ -24,6 +26,8 @@ class RunView:
     steps: tuple[StepMetrics, ...]
     evals: tuple[EvalMetrics, ...]
     events: tuple[RunEvent, ...]
+    #: the answers to eval.prompts at the last evaluation that has any
+    answers: tuple[EvalAnswer, ...]
     #: of the last hour
     samples: tuple[MemorySample, ...]
     #: of work up to the last sign of life, over all sessions
@@ -72,6 +76,7 @@ class RunFollower:
             steps=tuple(self._steps),
             evals=tuple(self._evals),
             events=tuple(self._run_events),
+            answers=_last_answers(self._run.answers),
             samples=tuple(self._samples),
             seconds=self._seconds(record),
             budget_bytes=_read_json(self._run.plan).get("budget_bytes"),
@@ -102,6 +107,14 @@ class RunFollower:
         cards = machine.get("cards") or []
         place = cards[0] if on_card and cards else {} if on_card else machine.get("cpu") or {}
         return place.get("name")
+
+
+def _last_answers(path: Path) -> tuple[EvalAnswer, ...]:
+    try:
+        answers = read_answers(path)
+    except RunDirectoryError:  # the run is being replaced
+        return ()
+    return tuple(line for line in answers if line.step == answers[-1].step)
 
 
 class _GrowingFile:

@@ -13,6 +13,7 @@ from fitune.data.rows import Batch
 from fitune.distributed.processes import Ranks
 from fitune.machine.process_memory import MemoryPeak
 from fitune.recovery.step import SafeResult
+from fitune.run.answers import EvalAnswer
 from fitune.run.directory import RunDirectory
 from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
@@ -44,6 +45,14 @@ class RunLog:
         if self._ranks.leads:
             rows = _eval_rows(result, metrics)
             append_eval_rows(self._run.eval_rows, rows, append=self.files.append)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes."""
+        return self._ranks.leads
+
+    def answer(self, line: EvalAnswer) -> None:
+        self._append(self._run.answers, line)
 
     def journal(self, record: StepRecord, previous: str, **measured: float | None) -> str:
         """Append a step to the journal, and return its hash, which continues the hash `previous`.
@@ -78,7 +87,7 @@ class RunLog:
         if self._ranks.leads:
             self.files.replace(self._run.summary, summary_json(summary))
 
-    def _append(self, path: Path, line: StepMetrics | EvalMetrics | RunEvent) -> None:
+    def _append(self, path: Path, line: StepMetrics | EvalMetrics | EvalAnswer | RunEvent) -> None:
         if self._ranks.leads:
             self.files.append(path, line)
 

@@ -33,6 +33,7 @@ from fitune.step.assemble import Setup
 from fitune.step.optimizer import set_lr
 from fitune.step.schedule import lr_factor
 from fitune.step.step import StepResult
+from fitune.training.answers import PromptAnswers
 from fitune.training.checkpoint.content import seed_everything
 from fitune.training.checkpoint.write import CheckpointWriter
 from fitune.training.growth import BatchGrowth
@@ -100,6 +101,7 @@ class TrainingLoop:
         self.watcher, self.self_check, self.start = watcher, self_check, start
         self.replay, self.ranks, self.until = replay, ranks, until
         self.log = RunLog(run, watcher, ranks)
+        self.answers = PromptAnswers(config.eval, setup, self.log, data=data, tokenizer=tokenizer)
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config.train, data.train, rows_per_step=config.batch.rows_per_step)
         self.state = RunState() if start is None else start.state
@@ -120,8 +122,7 @@ class TrainingLoop:
         if self.state.batch.optim is not None:
             set_settings(setup.optimizer, self.state.batch.optim)
             self.guard.set_clip(self.state.batch.optim.clip)
-        self.started = time.perf_counter()
-        self.num_replayed = 0
+        self.started, self.num_replayed = time.perf_counter(), 0
         #: loss and step of the best evaluation before the one whose weights are being saved
         self.previous_best: tuple[float | None, int | None] = (None, None)
         every = steps_between_evals(self.length.total_steps)
@@ -420,8 +421,7 @@ class TrainingLoop:
         )
         with self.saved_if_out_of_memory():
             result = self.guard.evaluate(micro_batches)
-        state = self.state
-        peak = read_peak(self.device)
+        state, peak = self.state, read_peak(self.device)
         metrics = EvalMetrics(
             step=state.step,
             total_tokens=state.tokens,
@@ -437,6 +437,7 @@ class TrainingLoop:
             ),
         )
         self.log.evaluation(metrics, result)
+        self.answers.ask(state)
         # neither the untrained model nor a loss that is not a number is a result of this run
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
@@ -446,7 +447,7 @@ class TrainingLoop:
             evaluated_step=state.step,
             best_eval_loss=result.loss if best else state.best_eval_loss,
             best_step=state.step if best else state.best_step,
-            peak=larger_peak(state.peak, peak),
+            peak=larger_peak(state.peak, read_peak(self.device)),  # with the answers
             eval_losses=(*state.eval_losses, result.loss)[-FLAT_EVALS:] if state.step else (),
         )
         if best:

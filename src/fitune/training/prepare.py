@@ -4,7 +4,7 @@ The order is tokenizer, data, plan, weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.data.batches import Epochs
-from fitune.data.chat_template import today
+from fitune.data.chat_template import template_text, today
 from fitune.data.examples import Examples, load_examples
 from fitune.distributed.processes import Ranks
 from fitune.distributed.sharding import check_torch
@@ -29,6 +29,7 @@ from fitune.planning.plan import Plan, closest, does_not_fit, split_of
 from fitune.planning.search import choose_plan
 from fitune.planning.stated import model_notes
 from fitune.step.assemble import Setup, assemble, choose_precision
+from fitune.training.answers import cache_note, encode_prompts
 from fitune.training.length import Length, run_length
 from fitune.training.samples import Data
 from fitune.training.self_check import SelfCheck, predict_second_step, reserved_before, run_device
@@ -108,6 +109,10 @@ def _prepare(
             say("reading the data: {number} samples tokenised", number=f"{number:,}")
         ),
     )
+    if config.data.template is not None:
+        # It is saved with the model, which answers through no other.
+        tokenizer.chat_template = template_text(tokenizer.chat_template, config.data.template)
+    data = replace(data, prompts=encode_prompts(config.eval, config.data, tokenizer))
     length = run_length(config.train, data.train, rows_per_step=rows_per_step)
     notes += unseen(length, data.train, rows_per_step=rows_per_step)
     notes += rows_notes(
@@ -167,6 +172,8 @@ def _prepare(
     )
     if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
+    if data.prompts:
+        notes.append(cache_note(data.prompts, num_new_tokens=config.eval.new_tokens, model=model))
     peers = ranks if is_sharded else None
     if peers is not None:
         peers.exchange(None)  # the model is sharded only after all have loaded it

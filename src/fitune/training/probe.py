@@ -232,6 +232,7 @@ def adopt(run: RunDirectory, tried: Tried, *, data: Data) -> Start:
     for source, target in (
         (branch.metrics, run.metrics),
         (branch.eval_rows, run.eval_rows),
+        (branch.answers, run.answers),
         (branch.journal, run.journal),
     ):
         if source.exists():

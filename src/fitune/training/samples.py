@@ -9,11 +9,21 @@ from fitune.step.assemble import Layout
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt of eval.prompts as the model gets it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Data:
     """The samples that a run trains on, and those that it evaluates."""
 
     train: Examples
     eval: Examples
+    #: what is asked at each evaluation
+    prompts: tuple[Prompt, ...] = ()
 
 
 def micro_batches_of(

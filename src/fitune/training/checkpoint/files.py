@@ -56,7 +56,7 @@ def truncated_logs(run: RunDirectory) -> tuple[Path, ...]:
 
     The logs of events and of memory are not among them: they stay true when steps are done again.
     """
-    return run.metrics, run.journal, run.eval_rows
+    return run.metrics, run.journal, run.eval_rows, run.answers
 
 
 def check_free_space(directory: Path, needed_bytes: int) -> None:
