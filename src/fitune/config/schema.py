@@ -79,6 +79,10 @@ class RunConfig(Section):
                 "data.eval_fraction is 0 and data.eval "
                 "is not given: give evaluation data, or drop it"
             )
+        if self.data.wrapped and self.data.too_long != "truncate":
+            faults.append(
+                f"data.too_long {self.data.too_long} has no effect while data.wrapped is true: drop one of them"
+            )
         if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
             faults.append(
                 "optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them"

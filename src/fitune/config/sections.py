@@ -183,8 +183,19 @@ class DataConfig(Section):
             "what a chat template writes as today's date, like 2026-01-31; that of the run's start"
         ),
     )
-    too_long: Literal["truncate", "drop"] = Field(
-        "truncate", description="what happens to samples that are longer than max_length"
+    too_long: Literal["truncate", "drop", "split"] = Field(
+        "truncate",
+        description=(
+            "what happens to samples that are longer than max_length; split: a plain text "
+            "becomes several samples"
+        ),
+    )
+    wrapped: Bool = Field(
+        False,
+        description=(
+            "join plain texts and cut them into samples of max_length tokens: attention crosses "
+            "the texts' borders"
+        ),
     )
     max_rows: Positive | None = Field(
         None, description="so many samples of the data at most, the first ones"

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
+from fitune.data.cut import Cutter
 from fitune.data.files import fingerprint, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
-from fitune.data.notices import notices_of
+from fitune.data.notices import is_pretraining, notices_of
 from fitune.data.raw_rows import RawRow
 from fitune.data.report import (
     BadRow,
@@ -33,13 +34,13 @@ from fitune.data.report import (
 from fitune.data.rows import Row
 from fitune.data.splits import Split
 from fitune.data.summary import data_report
-from fitune.data.table import Table, TableRow, TableWriter, cached_table
-from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
+from fitune.data.table import Table, TableWriter, cached_table
+from fitune.data.tokenise import Encoder, encode, read_encoder
 from fitune.errors import DataError
 from fitune.units import MIB
 
 #: increased whenever the same files would be tokenised or masked in another way
-_DATA_VERSION = 3
+_DATA_VERSION = 4
 #: the bad rows, and the dropped rows, that the report lists
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
@@ -203,6 +204,7 @@ def _table(
         "ignore_keys": data.ignore_keys,
         "max_length": data.max_length,
         "too_long": data.too_long,
+        "wrapped": data.wrapped,
         "max_rows": max_rows,
         "max_bad_fraction": data.max_bad_fraction,
     }
@@ -233,6 +235,7 @@ class _Tally:
     bad_rows: list[BadRow]
     dropped_rows: list[BadRow]
     noticed: Counter[str]
+    begins: set[str]
     ends: set[str]
 
     def bad(self, source: int, row: BadRow) -> None:
@@ -274,7 +277,8 @@ def _tokenise(
 
     Raises DataError if too many rows are bad, or no sample has a supervised token.
     """
-    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
+    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set(), set())
+    cutter = Cutter(data)
     num_trainable = 0
     for chunk in _chunks(_conversations(raw_rows, data, tally)):
         rows = []
@@ -284,19 +288,23 @@ def _tokenise(
             if isinstance(encoded, str):
                 tally.bad(source, BadRow(place.path, place.line, encoded))
                 continue
-            row, reason = _cut(encoded, conversation.digest, source, data)
-            if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
-                tally.dropped_rows.append(BadRow(place.path, place.line, reason))
-            num_trainable += reason is None
-            rows.append(row)
+            for row, reason in cutter.cut(encoded, conversation.digest, source):
+                if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
+                    tally.dropped_rows.append(BadRow(place.path, place.line, reason))
+                num_trainable += reason is None
+                rows.append(row)
             tally.noticed.update(notices_of(conversation, encoder, data) | encoded.notices)
+            tally.begins |= encoded.begins
             tally.ends |= encoded.ends
         if rows:
             writer.append(rows)
         if on_progress:
             on_progress(tally.num_rows.total())
+    rest = list(cutter.remaining())
+    if rest:
+        writer.append(rest)
     tally.check()
-    if not num_trainable:
+    if not num_trainable + len(rest):
         first = (
             f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
         )
@@ -327,36 +335,9 @@ def _tokenise(
         if encoder.template is None or encoder.template.date is None
         else str(encoder.template.date),
         "mask": encoder.kind,
+        "begins": sorted(tally.begins),
         "ends": sorted(tally.ends),
     }
-
-
-def _cut(
-    encoded: Encoded, digest: int, source: int, data: DataConfig
-) -> tuple[TableRow, str | None]:
-    """Return the sample as it is stored, and the reason if it is dropped."""
-    full_length = len(encoded.input_ids)
-    is_long = full_length > data.max_length
-    spans = tuple(
-        (a, min(b, data.max_length), weight)
-        for a, b, weight in encoded.spans
-        if a < data.max_length
-    )
-    reason = None
-    if is_long and data.too_long == "drop":
-        reason = "too long"
-    elif not spans:
-        reason = (
-            "no supervised token left after the cut" if encoded.spans else "no supervised token"
-        )
-    if reason is None:
-        return TableRow(
-            encoded.input_ids[: data.max_length], spans, full_length, digest, source
-        ), None
-    return (
-        TableRow([], (), full_length, digest, source),
-        f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
-    )
 
 
 def _conversations(
@@ -381,6 +362,12 @@ def _conversations(
                     f"{raw.path} mixes two formats: line {line} is '{expected}', line {raw.line} "
                     f"is '{found}'; "
                     "split it into two files and give both"
+                )
+            if found != "text" and is_pretraining(data):
+                key = "data.wrapped" if data.wrapped else "data.too_long=split"
+                raise DataError(
+                    f"{raw.path}, line {raw.line}: {key} is for plain texts, and this sample is a "
+                    f"conversation ('{found}'): drop it, or give {{\"text\": ...}}"
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
