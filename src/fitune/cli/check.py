@@ -138,10 +138,10 @@ def _format_lines(data: DataConfig, report: DataReport) -> Iterator[str]:
     """Yield lines about what a sample is made of, and which of its tokens are learned."""
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
     if report.is_text:
-        joined = f", joined and cut to {report.max_length} tokens" if data.wrapped else ""
-        begin = f"begin with {' or '.join(report.begins)}" if report.begins else "no token before"
-        end = f"end with {' or '.join(report.ends)}" if report.ends else "no token after"
-        yield f"format   plain texts without a template{joined}: {begin}, {end}"
+        if data.wrapped:
+            yield f"format   plain texts, joined and cut to {report.max_length} tokens"
+        else:
+            yield "format   plain texts without a template"
         yield f"loss     {_MASKED['all']} · {share}"
         return
     date = "" if report.date is None else f", which writes the date {report.date}"
@@ -210,7 +210,12 @@ def _loss_lines(examples: "Examples", tokenizer: object, *, width: int) -> Itera
         room = width - len("learned  ⟦⟧ in the first sample")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
         yield f"learned  ⟦{said}⟧ in the first sample"
-    if report.ends and not report.is_text:
+    if report.is_text:
+        before, after = (
+            " or ".join(tokens) or "no token" for tokens in (report.begins, report.ends)
+        )
+        yield f"ends     before each text {before}, after it {after}"
+    elif report.ends:
         yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops"
     num_long, num_lost = (
         sum(getattr(split, name) for split in (report.train, report.eval))

@@ -156,7 +156,7 @@ class DataConfig(Section):
         0.01, description="share of the training samples held out; 0 means no evaluation"
     )
     max_length: Annotated[int, Field(strict=True, ge=8, le=10**9), WholeNumber] = Field(
-        2048, description="tokens of a sample; longer ones are cut or dropped"
+        2048, description="tokens of a sample; longer ones are cut, dropped or split"
     )
     template: PathText | None = Field(
         None, description="a Jinja chat template file; the tokenizer's when left out"

@@ -23,7 +23,7 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
         **_none_of(
             "reward_model process_reward_model ref_model num_labels problem_type teacher_model "
             "ebft qat "
-            "pretraining_dataset diffusion kd_trainer sampler_type export_dir trainer_cls "
+            "diffusion kd_trainer sampler_type export_dir trainer_cls "
             "num_generations "
             "max_completion_length max_prompt_length reward_funcs reward_weights "
             "reward_model_path sft_model_path "

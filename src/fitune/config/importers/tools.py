@@ -240,7 +240,7 @@ AXOLOTL = Tool(
     base=TRANSFORMERS,
     programs=("axolotl", "axolotl.cli.train"),
     unique_names=_names(
-        "base_model sequence_len num_epochs adapter sample_packing val_set_size test_datasets "
+        "base_model pretraining_dataset sequence_len num_epochs adapter sample_packing val_set_size test_datasets "
         "train_on_inputs "
         "lora_target_linear flash_attention sdp_attention xformers_attention special_tokens "
         "pad_to_sequence_len "
@@ -261,6 +261,7 @@ AXOLOTL = Tool(
         },
         "utils/schemas/config.py": {
             "datasets": ("data.train", None),
+            "pretraining_dataset": ("data.train", None),
             "test_datasets": ("data.eval", None),
             "sequence_len": ("data.max_length", 512),
             "val_set_size": ("data.eval_fraction", 0.0),
