@@ -235,6 +235,26 @@ def test_a_run_can_be_trained_again_from_its_own_configuration() -> None:
     assert weights(Path("runs/again/last")) == weights(RUN.last)
 
 
+def test_the_example_of_pre_training_trains_from_nothing_on_texts_of_any_length(
+    place: Path,
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "minimind" / "pretrain.yaml"
+    texts = [f"<|im_start|> {'w1 w2 w3 ' * number} <|im_end|>" for number in range(1, 40)]
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    words = [
+        *("train", str(example), "model.source=tiny", "model.init=random", "model.tokenizer=tiny"),
+        *("data.train=texts.jsonl", "data.max_length=32", "data.eval_fraction=0.2"),
+        *("batch.effective=16", "optim.lr=0.02", "train.epochs=3", "run.name=pretrain"),
+    ]
+    assert main(words) == 0
+    summary = read_summary(Path("runs/pretrain/summary.json"))
+    report = json.loads((place / "runs/pretrain/data.json").read_text())
+    assert report["ends"] == ["<|im_end|>"]
+    assert report["train"]["num_rows"] > report["num_rows"]  # long texts became several samples
+    assert summary.eval_loss is not None
+    assert summary.eval_loss < 1.5  # three words in turn; at random ln(53) = 4
+
+
 def test_the_machine_is_recorded() -> None:
     train()
     assert json.loads(RUN.env.read_text())["packages"]["torch"] == torch.__version__
