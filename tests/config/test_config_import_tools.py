@@ -193,6 +193,7 @@ def test_a_part_of_the_data_is_refused_unless_the_data_is_given_otherwise(tmp_pa
         ("swift pt --model m --dataset d.jsonl", "data.mask", "all"),
         ("swift pt --model m --dataset d.jsonl --truncation_strategy split", "data.too_long", "split"),
         (LF + "--stage pt", "data.wrapped", True),
+        (LF + "--val_size 0.1 --early_stopping_steps 3", "eval.patience", 3),
         (LF + "--stage pt --packing false", "data.wrapped", False),
         (LF, "model.precision", "bfloat16"),
         (LF + "--finetuning_type full", "model.precision", "float32"),

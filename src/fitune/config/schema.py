@@ -79,6 +79,11 @@ class RunConfig(Section):
                 "data.eval_fraction is 0 and data.eval "
                 "is not given: give evaluation data, or drop it"
             )
+        if not self.data.is_evaluated and self.eval.patience is not None:
+            faults.append(
+                f"eval.patience {self.eval.patience} has no effect while data.eval_fraction is 0 and data.eval "
+                "is not given: give evaluation data, or drop it"
+            )
         if self.data.wrapped and self.data.too_long != "truncate":
             faults.append(
                 f"data.too_long {self.data.too_long} has no effect while data.wrapped is true: drop one of them"

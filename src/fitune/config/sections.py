@@ -401,6 +401,10 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     micro: Positive | Auto = Field("auto", description="samples in one forward of the evaluation")
     max_rows: Positive = Field(2000, description="samples that are evaluated, at most")
+    patience: Positive | None = Field(
+        None,
+        description="early stopping: the run ends after so many evaluations in a row without a better loss",
+    )
 
 
 class OutputConfig(Section):

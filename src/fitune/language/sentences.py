@@ -234,6 +234,7 @@ _IMPORTS = {
     "data {path}: {words}: all samples are read and their format is told by their keys": "数据 {path}：{words}：读取全部样本，格式由样本的键判断",
     "give other data with --data": "请用 --data 换别的数据",
     "here longer samples are cut at their end, or dropped (data.too_long)": "这里过长的样本从末尾截断，或者去掉（data.too_long）",
+    "here it is 'eval.patience', with held-out samples": "这里用 'eval.patience'，需要留出样本",
     "{said}: texts joined and cut": "{said}：文本首尾相接后切开",
     "{said}: {key} does that with plain texts; conversations are not cut into several samples here": "{said}：对纯文本用 {key} 就是这样；这里不把对话切成多个样本",
     "axolotl cuts texts of the type completion into several samples: here data.too_long=split does, in data of plain texts alone": "axolotl 把 completion 类型的文本切成多个样本：这里用 data.too_long=split，只适用于全是纯文本的数据",

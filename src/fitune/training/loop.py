@@ -147,6 +147,9 @@ class TrainingLoop:
     def is_over(self) -> bool:
         if self.replay is not None and self.num_replayed == len(self.replay.lines):
             return True
+        patience = self.config.eval.patience
+        if patience is not None and self.state.worse_evals >= patience:
+            return True
         return self.length.is_over(step=self.state.step, tokens=self.state.tokens)
 
     @property
@@ -445,6 +448,7 @@ class TrainingLoop:
             evaluated_step=state.step,
             best_eval_loss=result.loss if best else state.best_eval_loss,
             best_step=state.step if best else state.best_step,
+            worse_evals=0 if best or not state.step else state.worse_evals + 1,
             peak=larger_peak(state.peak, peak),
             eval_losses=(*state.eval_losses, result.loss)[-FLAT_EVALS:] if state.step else (),
         )
@@ -452,6 +456,11 @@ class TrainingLoop:
             self.previous_best = (state.best_eval_loss, state.best_step)
             self.save()
         self.watcher.evaluation(metrics, best=best)
+        if self.state.worse_evals == self.config.eval.patience:
+            self.event(
+                "early_stop",
+                f"no better loss in {self.state.worse_evals} evaluations in a row: the run ends",
+            )
 
     def save(self) -> None:
         """Begin to save the present state as last/ (and best/), unless that is done already."""

@@ -28,6 +28,8 @@ class RunState:
     best_eval_loss: float | None = None
     #: the step of `best_eval_loss`, whose weights are in best/
     best_step: int | None = None
+    #: evaluations in a row, up to the last one, that were not the best
+    worse_evals: int = 0
     #: of the last evaluation; -1 before the first
     evaluated_step: int = -1
     num_ooms: int = 0
