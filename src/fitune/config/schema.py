@@ -64,30 +64,7 @@ class RunConfig(Section):
                 f"{self.model.recompute}: "
                 "set model.recompute to full, selective, every_2 or every_4"
             )
-        if (
-            self.data.eval is not None
-            and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default
-        ):
-            faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
-        if (
-            self.data.eval is None
-            and self.data.eval_fraction == 0
-            and self.train.eval_every != "auto"
-        ):
-            faults.append(
-                f"train.eval_every {self.train.eval_every} has no effect while "
-                "data.eval_fraction is 0 and data.eval "
-                "is not given: give evaluation data, or drop it"
-            )
-        if not self.data.is_evaluated and self.eval.patience is not None:
-            faults.append(
-                f"eval.patience {self.eval.patience} has no effect while data.eval_fraction is 0 and data.eval "
-                "is not given: give evaluation data, or drop it"
-            )
-        if self.data.wrapped and self.data.too_long != "truncate":
-            faults.append(
-                f"data.too_long {self.data.too_long} has no effect while data.wrapped is true: drop one of them"
-            )
+        faults += self._data_without_effect()
         if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
             faults.append(
                 "optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them"
@@ -108,6 +85,28 @@ class RunConfig(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _data_without_effect(self) -> Iterator[str]:
+        data, default = self.data, DataConfig.model_fields["eval_fraction"].default
+        if data.eval is not None and data.eval_fraction != default:
+            yield "data.eval_fraction has no effect beside data.eval: drop one of them"
+        for key, value in (
+            (
+                "train.eval_every",
+                None if self.train.eval_every == "auto" else self.train.eval_every,
+            ),
+            ("eval.patience", self.eval.patience),
+        ):
+            if value is not None and not data.is_evaluated:
+                yield (
+                    f"{key} {value} has no effect while data.eval_fraction is 0 and data.eval is "
+                    "not given: give evaluation data, or drop it"
+                )
+        if data.wrapped and data.too_long != "truncate":
+            yield (
+                f"data.too_long {data.too_long} has no effect while data.wrapped is true: drop "
+                "one of them"
+            )
 
     def _not_sharded(self) -> Iterator[str]:
         model = self.model

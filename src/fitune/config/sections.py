@@ -403,7 +403,9 @@ class EvalConfig(Section):
     max_rows: Positive = Field(2000, description="samples that are evaluated, at most")
     patience: Positive | None = Field(
         None,
-        description="early stopping: the run ends after so many evaluations in a row without a better loss",
+        description=(
+            "early stopping: the run ends after so many evaluations in a row without a better loss"
+        ),
     )
 
 

@@ -240,12 +240,12 @@ AXOLOTL = Tool(
     base=TRANSFORMERS,
     programs=("axolotl", "axolotl.cli.train"),
     unique_names=_names(
-        "base_model pretraining_dataset sequence_len num_epochs adapter sample_packing val_set_size test_datasets "
+        "base_model sequence_len num_epochs adapter sample_packing val_set_size test_datasets "
         "train_on_inputs "
         "lora_target_linear flash_attention sdp_attention xformers_attention special_tokens "
         "pad_to_sequence_len "
         "dataset_prepared_path is_llama_derived_model saves_per_epoch evals_per_epoch "
-        "lora_model_dir"
+        "lora_model_dir pretraining_dataset"
     ),
     rows={
         "utils/schemas/training.py": {
