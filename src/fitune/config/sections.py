@@ -404,7 +404,7 @@ class EvalConfig(Section):
     patience: Positive | None = Field(
         None,
         description=(
-            "early stopping: the run ends after so many evaluations in a row without a better loss"
+            "early stopping: the run ends after so many successive evaluations without a better loss"
         ),
     )
 

@@ -347,7 +347,7 @@ COMMANDS: dict[str, str] = {
     "length: optimizer steps": "长度：优化步数",
     "length: tokens, padding not counted": "长度：token 数，不含填充",
     "seed of all random numbers": "所有随机数的种子",
-    "early stopping: the run ends after so many evaluations in a row without a better "
+    "early stopping: the run ends after so many successive evaluations without a better "
     "loss": "提前停止：连续这么多次评估损失没有变好就结束运行",
     "samples that are evaluated, at most": "最多评估多少个样本",
     "chunked: logits of a part of the tokens at a time; the result is the same": "chunked：一次只算一部分 token 的 logits；结果相同",

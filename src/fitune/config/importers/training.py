@@ -65,10 +65,10 @@ def put_run_length(draft: Draft) -> None:
         draft.reasons |= dict.fromkeys(draft.names("train.epochs"), "the number of steps is given")
     else:
         draft.write("train.epochs", epochs)
-    name = next(
-        (n for n in ("early_stopping_patience", "early_stopping_steps") if draft.argument(n)), None
-    )
-    is_evaluated = "data.eval" in draft.written or draft.written["data.eval_fraction"][0] != 0
+    patience = ("early_stopping_patience", "early_stopping_steps")
+    name = next((name for name in patience if draft.arguments.values.get(name)), None)
+    fraction, _ = draft.written.get("data.eval_fraction", (None, ""))
+    is_evaluated = "data.eval" in draft.written or fraction != 0
     if name is not None and is_evaluated:
         draft.write("eval.patience", draft.argument(name), f"{draft.origin(name)} {name}")
 
