@@ -120,10 +120,12 @@ def test_joining_leaves_nothing_to_be_too_long() -> None:
 
 
 def test_bad_texts_are_listed_and_a_huge_one_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", ["", 7, ["a"], None, "\ud800", "x" * 300_000])
+    path = write(
+        tmp_path / "a.jsonl", ["", 7, ["a"], None, "\ud800", "x" * 9_000_000, "x" * 300_000]
+    )
     report = load(path, max_bad_fraction=1.0, max_length=4096, wrapped=True).report
-    assert report.num_bad_rows == 5
-    assert [row.line for row in report.bad_rows] == [1, 2, 3, 4, 5]
+    assert report.num_bad_rows == 6
+    assert [row.line for row in report.bad_rows] == [1, 2, 3, 4, 5, 6]
     assert report.train.num_supervised_tokens == 300_000
 
 

@@ -165,6 +165,9 @@ _NOTES = {
     "data     {path}: {formats}, {count:n} samples": "数据     {path}：{formats}，{count} 个样本",
     "format   as messages through {template}": "格式     消息，模板：{template}",
     "format   as messages through {template}, which writes the date {date}": "格式     消息，模板：{template}，其中写入日期 {date}",
+    "'text' has {chars} characters, more than {limit}: cut it into several": (
+        "'text' 有 {chars} 个字符，超过 {limit}：请切成几个"
+    ),
     "format   plain texts without a template": "格式     纯文本，不用模板",
     "format   plain texts, joined and cut to {length} tokens": (
         "格式     纯文本，首尾相接后切成每段 {length} 个 token"
