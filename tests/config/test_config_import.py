@@ -345,7 +345,7 @@ def test_the_precision_follows_what_the_tool_does_with_the_weights(
 def test_a_value_that_means_what_is_done_here_is_not_listed(tmp_path: Path) -> None:
     text = "model_name_or_path: m\ndataset_name: a.jsonl\ntruncation_mode: keep_start\nearly_stopping_patience: 3\n"
     (sentence,) = imported(tmp_path, text).dropped
-    assert "early_stopping_patience: 3: a run goes to its end" in sentence
+    assert "early_stopping_patience: 3: here it is 'eval.patience'" in sentence
 
 
 def test_every_value_says_where_it_comes_from(tmp_path: Path) -> None:

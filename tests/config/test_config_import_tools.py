@@ -191,6 +191,10 @@ def test_a_part_of_the_data_is_refused_unless_the_data_is_given_otherwise(tmp_pa
         ("NPROC_PER_NODE=4 NNODES=2 " + SWIFT, "batch.effective", 16),
         ("torchrun --nproc_per_node 4 swift/cli/sft.py --model m --dataset d.jsonl", "optim.weight_decay", 0.1),
         ("swift pt --model m --dataset d.jsonl", "data.mask", "all"),
+        ("swift pt --model m --dataset d.jsonl --truncation_strategy split", "data.too_long", "split"),
+        (LF + "--stage pt", "data.wrapped", True),
+        (LF + "--val_size 0.1 --early_stopping_steps 3", "eval.patience", 3),
+        (LF + "--stage pt --packing false", "data.wrapped", False),
         (LF, "model.precision", "bfloat16"),
         (LF + "--finetuning_type full", "model.precision", "float32"),
         (LF + "--bf16 true --finetuning_type full", "model.precision", "autocast_bfloat16"),
@@ -212,6 +216,17 @@ def test_a_default_is_the_tool_s(words: str, key: str, expected: object) -> None
         ("base_model: m\ndatasets: [a.jsonl]\nadapter: lora\n", "model.precision", "auto"),
         ("base_model: m\ndatasets: [a.jsonl]\nbf16: false\n", "model.precision", "float32"),
         ("base_model: m\ndatasets: [a.jsonl]\n", "data.too_long", "drop"),
+        (
+            "base_model: m\ndatasets: [{path: a.jsonl, type: completion}]\n",
+            "data.too_long",
+            "split",
+        ),
+        ("base_model: m\npretraining_dataset: org/a\n", "data.too_long", "truncate"),
+        (
+            "base_model: m\npretraining_dataset: [{path: org/a, text_column: t}]\n",
+            "data.columns.text",
+            "t",
+        ),
         ("base_model: m\ndatasets: [a.jsonl]\n", "data.max_length", 512),
         ("base_model: m\ndatasets: [a.jsonl]\n", "optim.warmup", 0.03),
         (

@@ -65,11 +65,19 @@ KINDS = {
     "muon": ("optim.name=muon",),
     "apollo": ("optim.name=apollo",),
     "recomputed": ("model.recompute=full",),
+    "texts joined": ("data.train=texts.jsonl", "data.wrapped=true", "data.max_length=16"),
 }
 
 
 #: The others run in `make test-all`.
-QUICK = ("full", "lora with dropout", "autocast", "in epochs", "a mixture with weights")
+QUICK = (
+    "full",
+    "lora with dropout",
+    "autocast",
+    "in epochs",
+    "a mixture with weights",
+    "texts joined",
+)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,8 @@ QUICK = ("full", "lora with dropout", "autocast", "in epochs", "a mixture with w
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    texts = [{"text": " ".join(f"w{n % 7}" for n in range(length))} for length in range(2, 40)]
+    Path("texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     if kind:
         train("sft.yaml", "run.name=undisturbed", "--overwrite", *kind)
     train_until(5, "sft.yaml", *kind, monkeypatch=monkeypatch)

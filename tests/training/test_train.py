@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fitune
-from disturbed_run import predict_nothing
+from disturbed_run import predict_nothing, train_until
 from fitune import errors
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
@@ -233,6 +233,40 @@ def test_a_run_can_be_trained_again_from_its_own_configuration() -> None:
     train()
     assert main(["train", str(RUN.config), "run.name=again"]) == 0
     assert weights(Path("runs/again/last")) == weights(RUN.last)
+
+
+def test_a_run_ends_after_evaluations_without_a_better_loss_and_resumes_with_its_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("optim.lr=1e-15", "train.eval_every=2", "eval.patience=2", "train.steps=40")
+    assert train(*words).steps == 6  # the first evaluation is the best, and no other is better
+    events = [event.kind for event in read_events(RUN.events)]
+    assert "early_stop" in events
+    train_until(
+        5, "sft.yaml", *words, "train.save_every=1", "run.name=again", monkeypatch=monkeypatch
+    )
+    assert main(["train", "--resume", "runs/again"]) == 0
+    assert read_summary(Path("runs/again/summary.json")).steps == 6
+
+
+def test_the_example_of_pre_training_trains_from_nothing_on_texts_of_any_length(
+    place: Path,
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "minimind" / "pretrain.yaml"
+    texts = [f"<|im_start|> {'w1 w2 w3 ' * number} <|im_end|>" for number in range(1, 40)]
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    words = [
+        *("train", str(example), "model.source=tiny", "model.init=random", "model.tokenizer=tiny"),
+        *("data.train=texts.jsonl", "data.max_length=32", "data.eval_fraction=0.2"),
+        *("batch.effective=16", "optim.lr=0.02", "train.epochs=3", "run.name=pretrain"),
+    ]
+    assert main(words) == 0
+    summary = read_summary(Path("runs/pretrain/summary.json"))
+    report = json.loads((place / "runs/pretrain/data.json").read_text())
+    assert report["ends"] == ["<|im_end|>"]
+    assert report["train"]["num_rows"] > report["num_rows"]  # long texts became several samples
+    assert summary.eval_loss is not None
+    assert summary.eval_loss < 1.5  # three words in turn; at random ln(53) = 4
 
 
 def test_the_machine_is_recorded() -> None:

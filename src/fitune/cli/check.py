@@ -113,11 +113,8 @@ def report_on(
     for source in report.sources:
         formats = ", ".join(source.formats) or "n/a"
         screen.print(translated(f"data     {source.path}: {formats}, {source.num_rows:,} samples"))
-    date = "" if report.date is None else f", which writes the date {report.date}"
-    screen.print(translated(f"format   as messages through {report.template}{date}"))
-    found = "" if data.mask == "all" else f" (found by {report.mask})"
-    share = f"{report.supervised_fraction:.1%} of tokens carry loss"
-    screen.print(translated(f"loss     {_MASKED[data.mask]} · {share}{found}"))
+    for message in _format_lines(data, report):
+        screen.print(translated(message))
     for message in _loss_lines(examples, tokenizer, width=width):
         screen.print(translated(message))
     screen.print(_split_table(report))
@@ -138,6 +135,22 @@ def report_on(
     for index in range(min(show, len(examples))):
         screen.print(_sample_text(examples, index, tokenizer, colour=colour))
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def _format_lines(data: DataConfig, report: DataReport) -> Iterator[str]:
+    """Yield lines about what a sample is made of, and which of its tokens are learned."""
+    share = f"{report.supervised_fraction:.1%} of tokens carry loss"
+    if report.is_text:
+        if data.wrapped:
+            yield f"format   plain texts, joined and cut to {report.max_length} tokens"
+        else:
+            yield "format   plain texts without a template"
+        yield f"loss     {_MASKED['all']} · {share}"
+        return
+    date = "" if report.date is None else f", which writes the date {report.date}"
+    yield f"format   as messages through {report.template}{date}"
+    found = "" if data.mask == "all" else f" (found by {report.mask})"
+    yield f"loss     {_MASKED[data.mask]} · {share}{found}"
 
 
 def _split_table(report: DataReport) -> Table:
@@ -200,7 +213,12 @@ def _loss_lines(examples: "Examples", tokenizer: object, *, width: int) -> Itera
         room = width - len("learned  ⟦⟧ in the first sample")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
         yield f"learned  ⟦{said}⟧ in the first sample"
-    if report.ends:
+    if report.is_text:
+        before, after = (
+            " or ".join(tokens) or "no token" for tokens in (report.begins, report.ends)
+        )
+        yield f"ends     before each text {before}, after it {after}"
+    elif report.ends:
         yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops"
     num_long, num_lost = (
         sum(getattr(split, name) for split in (report.train, report.eval))

@@ -87,21 +87,7 @@ class RunConfig(Section):
                 f"{self.model.recompute}: "
                 "set model.recompute to full, selective, every_2 or every_4"
             )
-        if (
-            self.data.eval is not None
-            and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default
-        ):
-            faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
-        if (
-            self.data.eval is None
-            and self.data.eval_fraction == 0
-            and self.train.eval_every != "auto"
-        ):
-            faults.append(
-                f"train.eval_every {self.train.eval_every} has no effect while "
-                "data.eval_fraction is 0 and data.eval "
-                "is not given: give evaluation data, or drop it"
-            )
+        faults += self._data_without_effect()
         faults += self._prompts_without_effect()
         if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
             faults.append(
@@ -133,6 +119,28 @@ class RunConfig(Section):
             yield (
                 "eval.prompts are answered at evaluations, and data.eval_fraction is 0: give "
                 "evaluation data, or drop them"
+            )
+
+    def _data_without_effect(self) -> Iterator[str]:
+        data, default = self.data, DataConfig.model_fields["eval_fraction"].default
+        if data.eval is not None and data.eval_fraction != default:
+            yield "data.eval_fraction has no effect beside data.eval: drop one of them"
+        for key, value in (
+            (
+                "train.eval_every",
+                None if self.train.eval_every == "auto" else self.train.eval_every,
+            ),
+            ("eval.patience", self.eval.patience),
+        ):
+            if value is not None and not data.is_evaluated:
+                yield (
+                    f"{key} {value} has no effect while data.eval_fraction is 0 and data.eval is "
+                    "not given: give evaluation data, or drop it"
+                )
+        if data.wrapped and data.too_long != "truncate":
+            yield (
+                f"data.too_long {data.too_long} has no effect while data.wrapped is true: drop "
+                "one of them"
             )
 
     def _not_sharded(self) -> Iterator[str]:

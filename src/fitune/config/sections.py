@@ -159,7 +159,7 @@ class DataConfig(Section):
         0.01, description="share of the training samples held out; 0 means no evaluation"
     )
     max_length: Annotated[int, Field(strict=True, ge=8, le=10**9), WholeNumber] = Field(
-        2048, description="tokens of a sample; longer ones are cut or dropped"
+        2048, description="tokens of a sample; longer ones are cut, dropped or split"
     )
     template: PathText | None = Field(
         None, description="a Jinja chat template file; the tokenizer's when left out"
@@ -186,8 +186,19 @@ class DataConfig(Section):
             "what a chat template writes as today's date, like 2026-01-31; that of the run's start"
         ),
     )
-    too_long: Literal["truncate", "drop"] = Field(
-        "truncate", description="what happens to samples that are longer than max_length"
+    too_long: Literal["truncate", "drop", "split"] = Field(
+        "truncate",
+        description=(
+            "what happens to samples that are longer than max_length; split: a plain text "
+            "becomes several samples"
+        ),
+    )
+    wrapped: Bool = Field(
+        False,
+        description=(
+            "join plain texts and cut them into samples of max_length tokens: attention crosses "
+            "the texts' borders"
+        ),
     )
     max_rows: Positive | None = Field(
         None, description="so many samples of the data at most, the first ones"
@@ -413,6 +424,12 @@ class EvalConfig(Section):
         (), description="questions that are answered, and the answers kept, at each evaluation"
     )
     new_tokens: Positive = Field(64, description="tokens of an answer to eval.prompts, at most")
+    patience: Positive | None = Field(
+        None,
+        description=(
+            "early stopping: the run ends after so many successive evaluations without a better loss"
+        ),
+    )
 
 
 class OutputConfig(Section):

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
+from fitune.data.cut import Cutter
 from fitune.data.files import fingerprint, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
-from fitune.data.notices import notices_of
+from fitune.data.notices import is_pretraining, notices_of
 from fitune.data.preferences import after_common_prefix, normalise_pair
 from fitune.data.raw_rows import RawRow
 from fitune.data.report import (
@@ -34,8 +35,8 @@ from fitune.data.report import (
 from fitune.data.rows import Judged, Row
 from fitune.data.splits import Split
 from fitune.data.summary import data_report
-from fitune.data.table import Table, TableRow, TableWriter, cached_table
-from fitune.data.tokenise import Encoded, Encoder, Span, encode, read_encoder
+from fitune.data.table import Table, TableWriter, cached_table
+from fitune.data.tokenise import Encoder, encode, read_encoder
 from fitune.errors import DataError
 from fitune.units import MIB
 
@@ -226,13 +227,16 @@ def _table(
         "ignore_keys": data.ignore_keys,
         "max_length": data.max_length,
         "too_long": data.too_long,
+        "wrapped": data.wrapped,
         "max_rows": max_rows,
         "max_bad_fraction": data.max_bad_fraction,
         "of_pairs": of_pairs,
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
-        tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
+        tally = _Tally(
+            data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set(), set()
+        )
         rows = (
             (i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split)
         )
@@ -260,6 +264,7 @@ class _Tally:
     bad_rows: list[BadRow]
     dropped_rows: list[BadRow]
     noticed: Counter[str]
+    begins: set[str]
     ends: set[str]
 
     def bad(self, source: int, row: BadRow) -> None:
@@ -305,6 +310,7 @@ def _tokenise(
 
     Raises DataError if too many rows are bad.
     """
+    cutter = Cutter(data)
     num_trainable = 0
     for chunk in _chunks(samples):
         rows = []
@@ -317,24 +323,28 @@ def _tokenise(
             parts = after_common_prefix(
                 [each for each in encoded if not isinstance(each, str)], sample
             )
-            row, reason = _cut(parts, _digest(sample), source, data)
-            if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
-                tally.dropped_rows.append(BadRow(place.path, place.line, reason))
-            num_trainable += reason is None
-            rows.append(row)
+            for row, reason in cutter.cut(parts, _digest(sample), source):
+                if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
+                    tally.dropped_rows.append(BadRow(place.path, place.line, reason))
+                num_trainable += reason is None
+                rows.append(row)
             tally.noticed.update(
                 frozenset().union(
                     *(notices_of(each, encoder, data) for each in sample),
                     *(each.notices for each in parts),
                 )
             )
+            tally.begins |= frozenset().union(*(each.begins for each in parts))
             tally.ends |= frozenset().union(*(each.ends for each in parts))
         if rows:
             writer.append(rows)
         if on_progress:
             on_progress(tally.num_rows.total())
+    rest = list(cutter.remaining())
+    if rest:
+        writer.append(rest)
     tally.check()
-    return num_trainable
+    return num_trainable + len(rest)
 
 
 def _facts(
@@ -372,6 +382,7 @@ def _facts(
         if encoder.template is None or encoder.template.date is None
         else str(encoder.template.date),
         "mask": encoder.kind,
+        "begins": sorted(tally.begins),
         "ends": sorted(tally.ends),
     }
 
@@ -382,39 +393,6 @@ def _digest(sample: tuple[Conversation, ...]) -> int:
         return sample[0].digest
     content = b"".join(each.digest.to_bytes(8, "big") for each in sample)
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
-
-
-def _cut(
-    parts: Sequence[Encoded], digest: int, source: int, data: DataConfig
-) -> tuple[TableRow, str | None]:
-    """Return the sample as it is stored, and the reason if it is dropped.
-
-    parts: its sequence, or both sequences of a pair, each of which is cut.
-    """
-    full_length = max(len(part.input_ids) for part in parts)
-    is_long = full_length > data.max_length
-    ids: list[int] = []
-    spans: list[Span] = []
-    reason = "too long" if is_long and data.too_long == "drop" else None
-    for part in parts:
-        own = [
-            (len(ids) + first, len(ids) + min(end, data.max_length), weight)
-            for first, end, weight in part.spans
-            if first < data.max_length
-        ]
-        if not own and reason is None:
-            reason = (
-                "no supervised token left after the cut" if part.spans else "no supervised token"
-            )
-        spans += own
-        ids += part.input_ids[: data.max_length]
-    if reason is None:
-        chosen_tokens = min(len(parts[0].input_ids), data.max_length) if len(parts) > 1 else 0
-        return TableRow(ids, spans, full_length, digest, source, chosen_tokens), None
-    return (
-        TableRow([], (), full_length, digest, source),
-        f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
-    )
 
 
 def _conversations(
@@ -440,6 +418,12 @@ def _conversations(
                     f"{raw.path} mixes two formats: line {line} is '{expected}', line {raw.line} "
                     f"is '{found}'; "
                     "split it into two files and give both"
+                )
+            if found != "text" and is_pretraining(data):
+                key = "data.wrapped" if data.wrapped else "data.too_long=split"
+                raise DataError(
+                    f"{raw.path}, line {raw.line}: {key} is for plain texts, and this sample is a "
+                    f"conversation ('{found}'): drop it, or give {{\"text\": ...}}"
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)

@@ -93,6 +93,10 @@ Format = Literal[
 ]
 
 
+#: A text is tokenised as a whole, which takes about 220 bytes of memory a character.
+_MOST_TEXT_CHARS = 8 * 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A conversation that is ready for a chat template, or a plain text."""
@@ -187,12 +191,7 @@ def normalise(
         refuse_several(row)
     unknown = unknown_keys(row, found)
     if found == "text":
-        if not isinstance(row["text"], str) or not row["text"]:
-            raise RowError(
-                "'text' is empty"
-                if row["text"] == ""
-                else f"'text' is {kind_of(row['text'])}, not a text"
-            )
+        _check_text(row["text"])
         return found, _conversation([], None, row["text"], unknown=unknown)
     turns = [part for turn in _TURNS[found](row) for part in split_results(turn)]
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
@@ -213,6 +212,19 @@ def normalise(
     return found, _conversation(
         messages, tools, None, arguments=template_arguments(row), unknown=unknown
     )
+
+
+def _check_text(text: object) -> None:
+    """Raise RowError if a plain text is none, is empty or is too long to be tokenised."""
+    if text == "":
+        raise RowError("'text' is empty")
+    if not isinstance(text, str):
+        raise RowError(f"'text' is {kind_of(text)}, not a text")
+    if len(text) > _MOST_TEXT_CHARS:
+        raise RowError(
+            f"'text' has {len(text):,} characters, more than {_MOST_TEXT_CHARS:,}: cut it into "
+            "several"
+        )
 
 
 def object_of(row: object) -> dict[str, object]:

@@ -31,7 +31,7 @@ def notices_of(conversation: Conversation, encoder: Encoder, data: DataConfig) -
     noticed = {_IGNORED.format(key=key) for key in conversation.ignored}
     if conversation.text is None:
         noticed.update(_of_template(conversation, encoder.finder_of(conversation).template.text))
-    elif _WRITTEN_CHAT.search(conversation.text, 0, 4096):
+    elif not is_pretraining(data) and _WRITTEN_CHAT.search(conversation.text, 0, 4096):
         noticed.add(
             "are texts in which a conversation is written out already: every token of them is "
             "learned, the questions "
@@ -46,6 +46,11 @@ def notices_of(conversation: Conversation, encoder: Encoder, data: DataConfig) -
             f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises"
         )
     return frozenset(noticed)
+
+
+def is_pretraining(data: DataConfig) -> bool:
+    """Return whether the texts are asked to be learned whole, whatever they contain."""
+    return data.wrapped or data.too_long == "split"
 
 
 def _of_template(conversation: Conversation, template: str) -> Iterator[str]:

@@ -77,7 +77,7 @@ class SplitReport:
     num_tokens: int
     num_supervised_tokens: int
     quantiles: LengthQuantiles | None
-    #: longer than max_length: these are cut, or dropped with data.too_long=drop
+    #: longer than max_length: these are cut, dropped or split, as data.too_long says
     num_long_rows: int
     #: dropped because no supervised token remains after the cut
     num_untrainable_rows: int
@@ -95,7 +95,9 @@ class DataReport:
     mask: str
     #: the date that the chat template writes into the samples, None where it writes none
     date: str | None
-    #: the tokens that answers end with
+    #: the tokens that the tokenizer puts before plain texts
+    begins: tuple[str, ...]
+    #: the tokens that answers and plain texts end with
     ends: tuple[str, ...]
     max_length: int
     #: all rows that were read, including the bad ones
@@ -108,6 +110,11 @@ class DataReport:
     train: SplitReport
     eval: SplitReport
     warnings: tuple[str, ...]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all samples are plain texts."""
+        return {name for source in self.sources for name in source.formats} == {"text"}
 
     @property
     def supervised_fraction(self) -> float:

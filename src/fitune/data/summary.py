@@ -47,6 +47,7 @@ def data_report(
         template=facts[0]["template"],
         mask=facts[0]["mask"],
         date=facts[0]["date"],
+        begins=tuple(sorted({token for f in facts for token in f["begins"]})),
         ends=tuple(sorted({end for f in facts for end in f["ends"]})),
         max_length=data.max_length,
         num_rows=sum(source.num_rows for source in sources),
@@ -71,6 +72,9 @@ def data_report(
 def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) -> SplitReport:
     lengths, full_lengths = table.lengths[rows], table.full_lengths[rows]
     is_trained = lengths > 0
+    # Of a text that is split into several samples, the first alone has its full length.
+    full_lengths, is_first = full_lengths[full_lengths > 0], full_lengths > 0
+    digests = table.digests[rows][is_trained & is_first]
     return SplitReport(
         num_rows=int(is_trained.sum()),
         num_tokens=int(lengths.sum(dtype=np.int64)),
@@ -78,7 +82,7 @@ def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) ->
         quantiles=length_quantiles(full_lengths),
         num_long_rows=int((full_lengths > max_length).sum()),
         num_untrainable_rows=int((~is_trained).sum()),
-        num_duplicate_rows=int(is_trained.sum()) - len(np.unique(table.digests[rows][is_trained])),
+        num_duplicate_rows=len(digests) - len(np.unique(digests)),
         padding=padding_report(lengths[is_trained], max_length),
     )
 

@@ -44,10 +44,12 @@ class Encoded:
     #: the supervised ranges in order, without overlap; never token 0, since no token predicts
     #: it
     spans: tuple[Span, ...]
-    #: the tokens that its answers end with
+    #: the tokens that its answers, or the text, end with
     ends: frozenset[str] = frozenset()
     #: what the user should know about it
     notices: frozenset[str] = frozenset()
+    #: the token that the tokenizer puts before a text, if it puts one
+    begins: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +340,10 @@ def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
         ids = ids[1:]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
-    return Encoded(ids, _weighted([(0, len(ids))], [None]))
+    begins = {str(tokenizer.bos_token)} if ids and ids[0] == tokenizer.bos_token_id else ()
+    ends = () if tokenizer.eos_token_id is None else {str(tokenizer.eos_token)}
+    spans = _weighted([(0, len(ids))], [None])
+    return Encoded(ids, spans, frozenset(ends), begins=frozenset(begins))
 
 
 def _ids(

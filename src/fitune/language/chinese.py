@@ -377,6 +377,7 @@ _COMMANDS: dict[str, str] = {
     "micro_batch": "微批",
     "not_finite": "非有限值",
     "no_target": "没有目标",
+    "early_stop": "提前停止",
     "out_of_memory": "爆显存",
     "overflow": "溢出",
     "reference": "参考模型",

@@ -166,6 +166,20 @@ _NOTES = {
     "data     {path}: {formats}, {count:n} samples": "数据     {path}：{formats}，{count} 个样本",
     "format   as messages through {template}": "格式     消息，模板：{template}",
     "format   as messages through {template}, which writes the date {date}": "格式     消息，模板：{template}，其中写入日期 {date}",
+    "'text' has {chars} characters, more than {limit}: cut it into several": (
+        "'text' 有 {chars} 个字符，超过 {limit}：请切成几个"
+    ),
+    "format   plain texts without a template": "格式     纯文本，不用模板",
+    "format   plain texts, joined and cut to {length} tokens": (
+        "格式     纯文本，首尾相接后切成每段 {length} 个 token"
+    ),
+    "ends     before each text {before}, after it {after}": "首尾     每个文本之前 {before}，之后 {after}",
+    "no token": "没有 token",
+    "{path}, line {line}: {key} is for plain texts, and this sample is a conversation "
+    "('{format}'): drop it, or give {{\"text\": ...}}": (
+        "{path} 第 {line} 行：{key} 只用于纯文本，而这个样本是对话（'{format}'）：请去掉它，或给出"
+        ' {{"text": ...}}'
+    ),
     "loss     {mask} · {share} of tokens carry loss": "损失     {mask} · {share} 的 token 计入损失",
     "loss     {mask} · {share} of tokens carry loss (found by {kind})": "损失     {mask} · {share} 的 token 计入损失（依据 {kind}）",
     "assistant turns only": "只学助手的轮次",
@@ -230,6 +244,25 @@ _IMPORTS = {
     "data {path}: {words}: all samples are read and their format is told by their keys": "数据 {path}：{words}：读取全部样本，格式由样本的键判断",
     "give other data with --data": "请用 --data 换别的数据",
     "here longer samples are cut at their end, or dropped (data.too_long)": "这里过长的样本从末尾截断，或者去掉（data.too_long）",
+    "here it is 'eval.patience', with held-out samples": "这里用 'eval.patience'，需要留出样本",
+    "{said}: texts joined and cut": "{said}：文本首尾相接后切开",
+    "{said}: {key} does that with plain texts; conversations are not cut into several "
+    "samples here": "{said}：对纯文本用 {key} 就是这样；这里不把对话切成多个样本",
+    "axolotl cuts texts of the type completion into several samples: here "
+    "data.too_long=split does, in data of plain texts alone": (
+        "axolotl 把 completion 类型的文本切成多个样本：这里用 data.too_long=split，只适用"
+        "于全是纯文本的数据"
+    ),
+    "axolotl joins texts up to sequence_len, and pads; here each text is a sample, "
+    "packed without padding, and none sees another; data.wrapped=true joins them": (
+        "axolotl 把文本接到 sequence_len 再填充；这里每个文本是一个样本，拼接时没有填充，彼此看不见；dat"
+        "a.wrapped=true 会把它们首尾相接"
+    ),
+    "axolotl cuts the texts of pretraining_dataset": "axolotl 会截断 pretraining_dataset 的文本",
+    "minimind begins each text with its tokenizer's bos token; here a text has one where "
+    "the tokenizer adds it: write it into the texts to keep it": (
+        "minimind 在每个文本前加分词器的 bos token；这里只有分词器自己加时才有：要保留就把它写进文本"
+    ),
     "there the last answer alone is trained on; here every answer of a sample is": "那里只训练最后一个回答；这里训练样本的每个回答",
     "transformers leaves the labels to the script: data.mask: all, or assistant?": "transformers 把标签交给脚本：data.mask 是 all 还是 assistant？",
     "swift pt trains on every token of the samples' text": "swift pt 训练样本文本的全部 token",

@@ -226,7 +226,7 @@ COMMANDS: dict[str, str] = {
     "training data: a path or hub id, or a list of them": "训练数据：路径或 hub id，或它们的列表",
     "held-out data; else eval_fraction of train": "留出的数据；否则用 train 的 eval_fraction",
     "share of the training samples held out; 0 means no evaluation": "留出训练样本的比例；0 表示不评估",
-    "tokens of a sample; longer ones are cut or dropped": "样本的 token 数；更长的会被截断或丢弃",
+    "tokens of a sample; longer ones are cut, dropped or split": "样本的 token 数；更长的会被截断、丢弃或切成多个",
     "a Jinja chat template file; the tokenizer's when left out": "Jinja 聊天模板文件；不给则用分词器的",
     "what is learned: the assistant's turns, the last of them alone, or every token": "学习哪些部分：助手的轮次、助手的最后一轮，或全部 token",
     "merge: a system message becomes the front of the user's first one": "merge：系统消息放到用户第一条消息的开头",
@@ -272,7 +272,13 @@ COMMANDS: dict[str, str] = {
     "model.lora.{key} has no effect while model.method is full: set model.method to lora, or drop it": "model.method 为 full 时 model.lora.{key} 不起作用：请把 model.method 设为 lora，或去掉它",
     "model.offload_activations has no effect while model.recompute is {recompute}: set model.recompute to full, selective, every_2 or every_4": "model.recompute 为 {recompute} 时 model.offload_activations 不起作用：请把 model.recompute 设为 full、selective、every_2 或 every_4",
     "data.eval_fraction has no effect beside data.eval: drop one of them": "给了 data.eval 时 data.eval_fraction 不起作用：请去掉其中一个",
-    "train.eval_every {eval_every} has no effect while data.eval_fraction is 0 and data.eval is not given: give evaluation data, or drop it": "data.eval_fraction 为 0 且没有 data.eval 时 train.eval_every {eval_every} 不起作用：请给出评估数据，或去掉它",
+    "{key} {value} has no effect while data.eval_fraction is 0 and data.eval is "
+    "not given: give evaluation data, or drop it": (
+        "data.eval_fraction 为 0 且没有给出 data.eval 时 {key} {value} 不起作用：请给出评估数据，或去掉它"
+    ),
+    "data.too_long {value} has no effect while data.wrapped is true: drop one of them": (
+        "data.wrapped 为 true 时 data.too_long {value} 不起作用：请去掉其中一个"
+    ),
     "optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them": "optim.schedule 为 constant 时 optim.final_lr_fraction 不起作用：请去掉其中一个",
     "train.batch_mode {batch_mode} makes steps larger, so train.steps says nothing of the run's length: give train.epochs or train.tokens": "train.batch_mode {batch_mode} 会增大每步的批，因此 train.steps 说明不了运行的长度：请给 train.epochs 或 train.tokens",
     "train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them": "optim.schedule 为 constant 时 train.batch_mode anneal 不起作用：请去掉其中一个",
@@ -328,7 +334,10 @@ COMMANDS: dict[str, str] = {
     "number of key and value heads": "key 和 value 的头数",
     "the system message": "系统消息",
     "the tools that the model may call": "模型可以调用的工具",
-    "what happens to samples that are longer than max_length": "怎样处理超过 max_length 的样本",
+    "what happens to samples that are longer than max_length; split: a plain text "
+    "becomes several samples": "怎样处理超过 max_length 的样本；split：一个纯文本变成多个样本",
+    "join plain texts and cut them into samples of max_length tokens: attention crosses "
+    "the texts' borders": "把纯文本首尾相接，再切成 max_length 个 token 的样本：注意力会越过文本的边界",
     "so many samples of the data at most, the first ones": "最多使用数据的前多少个样本",
     "the optimizer; adamw_host keeps its state in the host's memory": "优化器；adamw_host 把状态放在主机内存",
     "how long AdamW averages gradients and their squares": "AdamW 对梯度及其平方取平均的系数",
@@ -339,6 +348,8 @@ COMMANDS: dict[str, str] = {
     "length: optimizer steps": "长度：优化步数",
     "length: tokens, padding not counted": "长度：token 数，不含填充",
     "seed of all random numbers": "所有随机数的种子",
+    "early stopping: the run ends after so many successive evaluations without a better "
+    "loss": "提前停止：连续这么多次评估损失没有变好就结束运行",
     "samples that are evaluated, at most": "最多评估多少个样本",
     "chunked: logits of a part of the tokens at a time; the result is the same": "chunked：一次只算一部分 token 的 logits；结果相同",
     "sft: imitate answers; dpo, simpo, orpo: prefer the chosen answer of a pair to the rejected one": "sft：模仿回答；dpo、simpo、orpo：偏好一对回答中被选中的那个",

@@ -1,6 +1,9 @@
 """Runs: steps, training, checkpoints, sweeps, reports, and the Trainer of transformers."""
 
 RUNS: dict[str, str] = {
+    "the evaluations of eval.patience were no better: the run ends": (
+        "连续 eval.patience 次评估损失没有变好：运行结束"
+    ),
     "{name}=True cannot be used with SafeSteps, which keeps the batch: set it to False": "{name}=True 不能与 SafeSteps 同用，因为它保持批不变：请设为 False",
     "the optimizer's state": "优化器状态",
     "a look at two samples": "对两个样本的检查",

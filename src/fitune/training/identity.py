@@ -43,6 +43,7 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
             f"train.{key}": getattr(config.train, key)
             for key in ("seed", "epochs", "steps", "tokens")
         },
+        "eval.patience": config.eval.patience,
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fitune.batch_size.growth import FLAT_EVALS, set_settings
+from fitune.batch_size.growth import set_settings
 from fitune.batch_size.noise import PRECONDITIONED_EVERY
 from fitune.batch_size.norms import NormRecorder
 from fitune.config import RunConfig
@@ -148,7 +148,9 @@ class TrainingLoop:
     def is_over(self) -> bool:
         if self.replay is not None and self.num_replayed == len(self.replay.lines):
             return True
-        return self.length.is_over(step=self.state.step, tokens=self.state.tokens)
+        patience = self.config.eval.patience
+        is_flat = patience is not None and self.state.worse_evals >= patience
+        return is_flat or self.length.is_over(step=self.state.step, tokens=self.state.tokens)
 
     @property
     def seconds(self) -> float:
@@ -441,19 +443,17 @@ class TrainingLoop:
         # neither the untrained model nor a loss that is not a number is a result of this run
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
-        self.state = replace(
-            state,
-            eval_loss=result.loss,
-            evaluated_step=state.step,
-            best_eval_loss=result.loss if best else state.best_eval_loss,
-            best_step=state.step if best else state.best_step,
-            peak=larger_peak(state.peak, read_peak(self.device)),  # with the answers
-            eval_losses=(*state.eval_losses, result.loss)[-FLAT_EVALS:] if state.step else (),
-        )
+        state_after = state.evaluated(result.loss, is_best=best)
+        # read again, with the answers
+        self.state = replace(state_after, peak=larger_peak(state.peak, read_peak(self.device)))
         if best:
             self.previous_best = (state.best_eval_loss, state.best_step)
             self.save()
         self.watcher.evaluation(metrics, best=best)
+        if self.state.worse_evals == self.config.eval.patience:
+            self.event(
+                "early_stop", "the evaluations of eval.patience were no better: the run ends"
+            )
 
     def save(self) -> None:
         """Begin to save the present state as last/ (and best/), unless that is done already."""

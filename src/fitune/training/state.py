@@ -1,8 +1,8 @@
 """The state of a run: what a checkpoint stores besides tensors and random numbers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fitune.batch_size.growth import BatchState
+from fitune.batch_size.growth import FLAT_EVALS, BatchState
 from fitune.batch_size.noise import NoiseAverages
 from fitune.machine.process_memory import MemoryPeak
 from fitune.run.journal import CHAIN_START
@@ -28,6 +28,8 @@ class RunState:
     best_eval_loss: float | None = None
     #: the step of `best_eval_loss`, whose weights are in best/
     best_step: int | None = None
+    #: evaluations in a row, up to the last one, that were not the best
+    worse_evals: int = 0
     #: of the last evaluation; -1 before the first
     evaluated_step: int = -1
     num_ooms: int = 0
@@ -50,6 +52,18 @@ class RunState:
     batch: BatchState = field(default_factory=BatchState)
     #: the last ones since the effective batch has grown
     eval_losses: tuple[float, ...] = ()
+
+    def evaluated(self, loss: float, *, is_best: bool) -> "RunState":
+        """Return the state after an evaluation of its weights."""
+        return replace(
+            self,
+            eval_loss=loss,
+            evaluated_step=self.step,
+            best_eval_loss=loss if is_best else self.best_eval_loss,
+            best_step=self.step if is_best else self.best_step,
+            worse_evals=0 if is_best or not self.step else self.worse_evals + 1,
+            eval_losses=(*self.eval_losses, loss)[-FLAT_EVALS:] if self.step else (),
+        )
 
     @property
     def commit(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from fitune.plain_files import read_plain
 
 _TOO_LONG = {
     "drop": "drop", "delete": "drop", "truncate": "truncate", "right": "truncate", "truncation_right": "truncate",
+    "split": "split",
 }  # fmt: skip
 
 # Options of an axolotl source whose values describe what fitune does anyway. A format (`type` as a
@@ -62,6 +63,7 @@ def put_data(draft: Draft) -> None:
     if given is None and max_rows is not None:
         draft.origin(str(draft.name("data.max_rows")))
     _held_out(draft, max_rows)
+    _put_texts(draft)
     _put_too_long(draft)
     _put_template(draft)
 
@@ -172,7 +174,7 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, object]) -> list[str]:
     _refuse_axolotl_source(draft, path, item)
     columns = _pop_axolotl_columns(options)
     if isinstance(options.get("type"), str):
-        del options["type"]
+        draft.types.add(options.pop("type"))
     for key in ("split", "name", "shards", "shards_idx", "dataset_shard_num"):
         if key in options:
             raise ConfigError(
@@ -252,6 +254,7 @@ def _pop_axolotl_columns(options: dict[str, Any]) -> dict[str, str]:
             "field_tools": "tools",
             "field_system": "system",
             "field": "text",
+            "text_column": "text",
         }
         fields |= {"message_field_role": "role", "message_field_content": "content"}
         named = {ours: options.pop(theirs) for theirs, ours in fields.items() if theirs in options}
@@ -400,7 +403,36 @@ def _paths_from_v1_yaml(draft: Draft, path: Path) -> list[str]:
     return found
 
 
+def _put_texts(draft: Draft) -> None:
+    """Write how plain texts of another tool's pre-training become samples."""
+    packing, strategy = draft.argument("packing"), draft.argument("packing_strategy")
+    if draft.argument("stage") == "pt" and packing is not False:
+        name = "stage" if packing is None else "packing"
+        draft.write("data.wrapped", True, f"{draft.quoted(name)}: texts joined and cut")
+    if packing and strategy in ("wrapped", "bfd_split", "bfd-requeue"):
+        key = "data.wrapped=true" if strategy == "wrapped" else "data.too_long=split"
+        draft.differs.append(
+            f"{draft.quoted('packing_strategy')}: {key} does that with plain texts; conversations "
+            "are not cut into several samples here"
+        )
+    if draft.types == {"completion"}:
+        draft.write("data.too_long", "split", "type completion")
+    elif "completion" in draft.types:
+        draft.differs.append(
+            "axolotl cuts texts of the type completion into several samples: here "
+            "data.too_long=split does, in data of plain texts alone"
+        )
+    if "pretraining_dataset" in draft.arguments.values:
+        draft.write("data.too_long", "truncate", "axolotl cuts the texts of pretraining_dataset")
+        draft.differs.append(
+            "axolotl joins texts up to sequence_len, and pads; here each text is a sample, packed "
+            "without padding, and none sees another; data.wrapped=true joins them"
+        )
+
+
 def _put_too_long(draft: Draft) -> None:
+    if "data.too_long" in draft.written or "data.wrapped" in draft.written:
+        return
     asked = draft.value("data.too_long")
     if asked is None:
         return

@@ -133,6 +133,8 @@ class Draft:
     given_elsewhere: dict[str, object] = field(default_factory=dict)
     #: For each source of training data: {our name of a column: its name}, and where that is stated.
     columns: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    #: The formats that axolotl's sources name as their type.
+    types: set[str] = field(default_factory=set)
 
     @property
     def tool(self) -> str:

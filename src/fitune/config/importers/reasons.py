@@ -23,7 +23,7 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
         **_none_of(
             "reward_model process_reward_model ref_model num_labels problem_type teacher_model "
             "ebft qat "
-            "pretraining_dataset diffusion kd_trainer sampler_type export_dir trainer_cls "
+            "diffusion kd_trainer sampler_type export_dir trainer_cls "
             "num_generations "
             "max_completion_length max_prompt_length reward_funcs reward_weights "
             "reward_model_path sft_model_path "
@@ -125,8 +125,8 @@ ANSWERS = {
     "neftune_noise_alpha": "no noise is added to the embeddings here",
     "noisy_embedding_alpha": "no noise is added to the embeddings here",
     "neftune_alpha": "no noise is added to the embeddings here",
-    "early_stopping_patience": "a run goes to its end; best/ holds the weights of the best evaluation",
-    "early_stopping_steps": "a run goes to its end; best/ holds the weights of the best evaluation",
+    "early_stopping_patience": "here it is 'eval.patience', with held-out samples",
+    "early_stopping_steps": "here it is 'eval.patience', with held-out samples",
     "early_stop_interval": "a run goes to its end; best/ holds the weights of the best evaluation",
     "system": "a system prompt stands in the samples themselves: add it to them",
     "default_system": "a system prompt stands in the samples themselves: add it to them",

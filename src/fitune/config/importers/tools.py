@@ -245,7 +245,7 @@ AXOLOTL = Tool(
         "lora_target_linear flash_attention sdp_attention xformers_attention special_tokens "
         "pad_to_sequence_len "
         "dataset_prepared_path is_llama_derived_model saves_per_epoch evals_per_epoch "
-        "lora_model_dir"
+        "lora_model_dir pretraining_dataset"
     ),
     rows={
         "utils/schemas/training.py": {
@@ -261,6 +261,7 @@ AXOLOTL = Tool(
         },
         "utils/schemas/config.py": {
             "datasets": ("data.train", None),
+            "pretraining_dataset": ("data.train", None),
             "test_datasets": ("data.eval", None),
             "sequence_len": ("data.max_length", 512),
             "val_set_size": ("data.eval_fraction", 0.0),

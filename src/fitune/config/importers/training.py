@@ -65,6 +65,12 @@ def put_run_length(draft: Draft) -> None:
         draft.reasons |= dict.fromkeys(draft.names("train.epochs"), "the number of steps is given")
     else:
         draft.write("train.epochs", epochs)
+    patience = ("early_stopping_patience", "early_stopping_steps")
+    name = next((name for name in patience if draft.arguments.values.get(name)), None)
+    fraction, _ = draft.written.get("data.eval_fraction", (None, ""))
+    is_evaluated = "data.eval" in draft.written or fraction != 0
+    if name is not None and is_evaluated:
+        draft.write("eval.patience", draft.argument(name), f"{draft.origin(name)} {name}")
 
 
 def put_schedule(draft: Draft) -> None:

@@ -404,7 +404,8 @@ def _batch(draft: Draft) -> None:
     if draft.devices > 1 and (total is None or draft.tool == "axolotl"):
         factors.append(f"{draft.devices} devices")
     draft.write("batch.effective", samples, " x ".join(factors))
-    if draft.value("data.packing") or draft.argument("neat_packing"):
+    is_packed = draft.value("data.packing") or draft.argument("neat_packing")
+    if is_packed and "data.wrapped" not in draft.written:
         draft.mentioned.update(["neat_packing"] if draft.argument("neat_packing") else [])
         draft.differs.append(
             f"batch: with packing, a sequence of {draft.tool}'s batch is a block of max_length "
@@ -423,6 +424,11 @@ def _general_differences(draft: Draft) -> Iterator[str]:
             "token of the batch "
             "counts the same"
         )
+        if draft.arguments.script == "train_pretrain.py":
+            yield (
+                "minimind begins each text with its tokenizer's bos token; here a text has one "
+                "where the tokenizer adds it: write it into the texts to keep it"
+            )
         yield "minimind's random system prompts and removed empty think blocks are not copied"
     if draft.tool.startswith("ms-swift"):
         if "data.max_length" not in draft.written:
