@@ -1,7 +1,6 @@
 """What a run writes down: the journal, the metrics, the events and the summary."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from fitune.config import RunConfig, config_hash
 from fitune.data.rows import Batch
 from fitune.distributed.processes import Ranks
 from fitune.machine.process_memory import MemoryPeak
+from fitune.objectives.objective import Objective
 from fitune.recovery.step import SafeResult
 from fitune.run.answers import EvalAnswer
 from fitune.run.directory import RunDirectory
@@ -150,9 +150,9 @@ def step_metrics(
     )
 
 
-def with_means(metrics: StepMetrics, names: Sequence[str], values: Sequence[float]) -> StepMetrics:
+def with_means(metrics: StepMetrics, objective: Objective, result: StepResult) -> StepMetrics:
     """Return the metrics with what the objective adds to them; see `Objective.means`."""
-    means: dict[str, Any] = dict(zip(names, values, strict=True))
+    means: dict[str, Any] = dict(zip(objective.means, result.means, strict=True))
     return replace(metrics, **means)
 
 

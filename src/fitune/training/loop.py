@@ -295,8 +295,7 @@ class TrainingLoop:
             peak=larger_peak(state.peak, peak),
         )
         metrics = step_metrics(state, batch, safe, lr=lr, peak=peak, seconds=seconds)
-        metrics = with_means(metrics, setup.settings.objective.means, result.means)
-        self.log.step(metrics, progress=progress)
+        self.log.step(with_means(metrics, setup.settings.objective, result), progress=progress)
         if not result.updated:
             self.check_update(result)
         self.check_memory(peak)
