@@ -16,10 +16,15 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fitune.errors import UsageError
+from fitune.recorder.absent_datasets import (
+    LONG_TEXT,
+    QUESTION,
+    equal_samples,
+    filters_keep_the_longest,
+    sample_of_trainer,
+)
 from fitune.recorder.library_patches import when_imported
 
-#: More than a script keeps of a sample, so that it cuts each one to its own longest length
-LONG_TEXT = "All samples are as long as the script lets them be. " * 2500
 #: Keys of a sample whose value is a list of messages
 _CONVERSATIONS = ("conversations", "messages", "conversation", "chosen", "rejected")
 #: Keys of a sample whose value is text
@@ -62,7 +67,7 @@ class AbsentRow(dict[str, object]):
     def __missing__(self, key: str) -> object:
         if key in _CONVERSATIONS:
             return [
-                {"role": "user", "content": "How long is the longest answer?"},
+                {"role": "user", "content": QUESTION},
                 {"role": "assistant", "content": LONG_TEXT},
             ]
         if key in _TEXTS:
@@ -166,7 +171,8 @@ def _token_files(note: Note) -> Iterator[None]:
         yield
 
 
-def _datasets(module: Any, note: Note) -> AbstractContextManager[object]:
+@contextmanager
+def _datasets(module: Any, note: Note) -> Iterator[None]:
     """Let load_dataset of the package datasets return samples where the file is not here."""
     load_dataset = module.load_dataset
 
@@ -186,10 +192,32 @@ def _datasets(module: Any, note: Note) -> AbstractContextManager[object]:
         note(
             f"assumed: the samples of {source}, which is not here, are as long as the script keeps"
         )
-        rows = AbsentRows(source)
-        return rows if options.get("split") else dict.fromkeys(("train", "validation"), rows)
+        sample = sample_of_trainer()
+        rows = AbsentRows(source) if sample is None else equal_samples(module, sample)
+        if sample is not None and options.get("streaming"):
+            rows = rows.to_iterable_dataset()
+        if options.get("split"):
+            return rows
+        return dict.fromkeys(("train", "validation", "test"), rows)
 
-    return patch.object(module, "load_dataset", load_or_absent)
+    with (
+        patch.object(module, "load_dataset", _alone(load_or_absent)),
+        patch.object(module.Dataset, "map", _alone(module.Dataset.map)),
+        patch.object(module.Dataset, "filter", _alone(module.Dataset.filter)),
+        filters_keep_the_longest(module),
+    ):
+        yield
+
+
+def _alone(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of datasets that starts no processes of its own."""
+
+    def call_alone(*arguments: Any, **options: Any) -> Any:
+        if options.get("num_proc") is not None:
+            options["num_proc"] = None
+        return call(*arguments, **options)
+
+    return call_alone
 
 
 def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[object]:

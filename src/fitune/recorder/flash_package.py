@@ -6,6 +6,7 @@ backward needs the same saved tensors and the same temporaries (csrc/flash_attn/
 both).
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,9 @@ from fitune.errors import UsageError
 from fitune.recorder.cuda_attention import flash_attention
 from fitune.recorder.cuda_target import CudaTarget
 
+#: The version of flash-attn whose functions these are
+_VERSION = "2.8.3"
+
 
 @contextmanager
 def flash_package(target: CudaTarget) -> Iterator[None]:
@@ -33,6 +37,7 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
         return
     helpers: Any = sys.modules.get("transformers.modeling_flash_attention_utils")
     with ExitStack() as stack:
+        stack.enter_context(_distributed())
         for module in _modules(target, helpers):
             sys.modules[module.__name__] = module
             # Only these modules are removed: others that the block imports stay imported.
@@ -45,7 +50,21 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
         yield
 
 
-def _available(**_: object) -> bool:
+@contextmanager
+def _distributed() -> Iterator[None]:
+    """Let the package have a distribution, by which versions of transformers look for it."""
+    find = importlib.metadata.packages_distributions
+    known = {"flash_attn": ["flash-attn"]}
+    imported: Any = sys.modules.get("transformers.utils.import_utils")
+    mapping = getattr(imported, "PACKAGE_DISTRIBUTION_MAPPING", {})
+    with (
+        patch.dict(mapping, known),
+        patch.object(importlib.metadata, "packages_distributions", lambda: {**find(), **known}),
+    ):
+        yield
+
+
+def _available(**_: Any) -> bool:
     return True
 
 
@@ -102,6 +121,7 @@ def _modules(target: CudaTarget, helpers: object) -> Iterator[ModuleType]:
 
     package = _module(
         "flash_attn",
+        __version__=_VERSION,
         flash_attn_func=flash_attn_func,
         flash_attn_varlen_func=flash_attn_varlen_func,
         flash_attn_with_kvcache=None,

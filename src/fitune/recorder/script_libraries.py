@@ -50,6 +50,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
         stack.enter_context(
             when_imported(
                 {
+                    "transformers.utils.import_utils": _card_is_asked_each_time,
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
@@ -87,6 +88,8 @@ def models_of_configs(
         attention = options.get("attn_implementation")
         chosen = {} if attention is None else {"attn_implementation": attention}
         dtype = _dtype(options.get("dtype", options.get("torch_dtype")), config)
+        # the dtype of the configuration would win over the default one
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
         note(f"{name}: built from its configuration, no weights are read")
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -135,6 +138,17 @@ def _hub_kernel(name: str, note: Note) -> object:
     flash_attn: object = importlib.import_module("flash_attn")
     note(f"{name}: allocates as PyTorch's flash attention")
     return SimpleNamespace(flash_attn_interface=flash_attn, **vars(flash_attn))
+
+
+@contextmanager
+def _card_is_asked_each_time(module: Any) -> Iterator[None]:
+    """Let transformers cache no answer about the card: a library may ask while it is imported."""
+    about_card = ("cuda", "bf16", "fp16", "tf32", "flash_attn")
+    with ExitStack() as stack:
+        for name, function in list(vars(module).items()):
+            if hasattr(function, "cache_info") and any(word in name for word in about_card):
+                stack.enter_context(patch.object(module, name, function.__wrapped__))
+        yield
 
 
 # ---- data loaders ----
