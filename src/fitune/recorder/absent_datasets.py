@@ -5,16 +5,26 @@ that the script imports; for other scripts, from the keys that they read (`absen
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
+from fitune.errors import UsageError
+
 #: More than a script keeps of a sample, so that it cuts each one to its own longest length
 LONG_TEXT = "All samples are as long as the script lets them be. " * 2500
 QUESTION = "How long is the longest answer?"
+GENERATES = (
+    "the script trains on text that its model generates, whose length depends on the weights: "
+    "predict supervised fine-tuning with samples as long as a prompt and its longest answer"
+)
 #: Enough for some steps of a large batch
 NUM_SAMPLES = 256
+#: The text has more words than this, and so more tokens, of which fewer are different than in
+#: other texts of that length
+_UNCUT_TOKENS = 25_000
+_MOST_DIFFERENT = 200
 
 _USER = [{"role": "user", "content": QUESTION}]
 _ANSWER = [{"role": "assistant", "content": LONG_TEXT}]
@@ -30,13 +40,21 @@ _SAMPLES_OF_TRL: Mapping[str, Mapping[str, Any]] = {
     "dpo_trainer": _PREFERENCE,
     "reward_trainer": {"chosen": _USER + _ANSWER, "rejected": _USER + _ANSWER},
     "gkd_trainer": {"messages": _USER + _ANSWER},
-    "sft_trainer": {"messages": _USER + _ANSWER},
+    # versions of TRL that do not know the messages take the text
+    "sft_trainer": {"messages": _USER + _ANSWER, "text": LONG_TEXT},
 }
+#: Modules of TRL whose trainers generate the text that they train on
+_GENERATING = {"grpo_trainer", "rloo_trainer", "online_dpo_trainer", "ppo_trainer"}
 
 
 def sample_of_trainer() -> Mapping[str, Any] | None:
-    """Return a sample of the form that the trainer of TRL takes, None without such a trainer."""
+    """Return a sample of the form that the trainer of TRL takes, None without such a trainer.
+
+    Raises UsageError for a trainer that generates text.
+    """
     imported = {name.rpartition(".")[2] for name in sys.modules if name.startswith("trl.")}
+    if imported & _GENERATING:
+        raise UsageError(GENERATES)
     return next((row for name, row in _SAMPLES_OF_TRL.items() if name in imported), None)
 
 
@@ -52,6 +70,16 @@ def equal_samples(datasets: Any, sample: Mapping[str, Any]) -> Any:
     return datasets.Dataset.from_dict(columns)
 
 
+def refuse_uncut(tokens: Sequence[int]) -> None:
+    """Raise UsageError if these are all tokens of `LONG_TEXT`: the script has cut nothing."""
+    if len(tokens) >= _UNCUT_TOKENS and len(set(tokens)) < _MOST_DIFFERENT:
+        raise UsageError(
+            f"the script keeps samples whole that are not here, up to {len(tokens):,} tokens of "
+            "them: give it a longest length, such as --max_length, or put a file with some of "
+            "the samples there"
+        )
+
+
 def filters_keep_the_longest(datasets: Any) -> AbstractContextManager[Any]:
     """Let a filter that drops all of `equal_samples`, as too long, cut them to what it keeps.
 
@@ -61,14 +89,20 @@ def filters_keep_the_longest(datasets: Any) -> AbstractContextManager[Any]:
 
     def filter_or_cut(self: Any, function: Any = None, *arguments: Any, **options: Any) -> Any:
         kept = call(self, function, *arguments, **options)
-        if len(kept) or len(self) != NUM_SAMPLES or arguments or "batched" in options:
+        if len(kept) or not len(self) or arguments or options.get("with_indices"):
             return kept
         sample = self[0]
+        if sample != self[len(self) - 1]:
+            return kept
         given = options.get("fn_kwargs") or {}
-        longest = _largest(
-            max(map(len, _tokens(sample).values()), default=0),
-            lambda length: bool(function(sample | _cut(sample, length), **given)),
-        )
+
+        def keeps(length: int) -> bool:
+            row = sample | _cut(sample, length)
+            if not options.get("batched"):
+                return bool(function(row, **given))
+            return bool(next(iter(function({name: [row[name]] for name in row}, **given))))
+
+        longest = _largest(max(map(len, _tokens(sample).values()), default=0), keeps)
         return self.map(lambda row: _cut(row, longest)) if longest else kept
 
     return patch.object(datasets.Dataset, "filter", filter_or_cut)

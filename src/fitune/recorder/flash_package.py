@@ -6,9 +6,10 @@ backward needs the same saved tensors and the same temporaries (csrc/flash_attn/
 both).
 """
 
+import importlib
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -38,7 +39,7 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
     helpers: Any = sys.modules.get("transformers.modeling_flash_attention_utils")
     with ExitStack() as stack:
         stack.enter_context(_distributed())
-        for module in _modules(target, helpers):
+        for module in _modules(target):
             sys.modules[module.__name__] = module
             # Only these modules are removed: others that the block imports stay imported.
             stack.callback(sys.modules.pop, module.__name__)
@@ -68,7 +69,7 @@ def _available(**_: Any) -> bool:
     return True
 
 
-def _modules(target: CudaTarget, helpers: object) -> Iterator[ModuleType]:
+def _modules(target: CudaTarget) -> Iterator[ModuleType]:
     def refuse_older_cards() -> None:
         if target.compute_capability < (8, 0):
             major, minor = target.compute_capability
@@ -126,13 +127,25 @@ def _modules(target: CudaTarget, helpers: object) -> Iterator[ModuleType]:
         flash_attn_varlen_func=flash_attn_varlen_func,
         flash_attn_with_kvcache=None,
     )
+    package.__path__ = []
     yield package
-    if helpers is not None:
-        names = {
-            name: getattr(helpers, f"_{name}")
+    yield _module(
+        "flash_attn.bert_padding",
+        **{
+            name: _of_transformers(name)
             for name in ("pad_input", "unpad_input", "index_first_axis")
-        }
-        yield _module("flash_attn.bert_padding", **names)
+        },
+    )
+
+
+def _of_transformers(name: str) -> Callable[..., Any]:
+    """Return a function of flash_attn.bert_padding as transformers has it, once it is called."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        module = importlib.import_module("transformers.modeling_flash_attention_utils")
+        return getattr(module, f"_{name}")(*arguments, **options)
+
+    return call
 
 
 def _module(name: str, **content: object) -> ModuleType:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from fitune.errors import UsageError
 from fitune.recorder.absent_data import Note
-from fitune.recorder.library_patches import LIBRARIES, when_imported
+from fitune.recorder.absent_datasets import GENERATES, refuse_uncut
+from fitune.recorder.library_patches import LIBRARIES, OWN_PACKAGES, when_imported
 from fitune.recorder.triton_kernels import triton_kernels
 
 _TRACKERS = ("wandb", "swanlab", "trackio", "comet_ml", "mlflow", "neptune", "clearml", "aim")
@@ -51,6 +52,9 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
             when_imported(
                 {
                     "transformers.utils.import_utils": _card_is_asked_each_time,
+                    "transformers.generation.utils": lambda module: patch.object(
+                        module.GenerationMixin, "generate", _refuse_generation
+                    ),
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
@@ -128,7 +132,11 @@ def _refuse_quantised(options: Mapping[str, object]) -> None:
         )
 
 
-def _hub_kernel(name: str, note: Note) -> object:
+def _refuse_generation(*_: Any, **__: Any) -> Any:
+    raise UsageError(GENERATES)
+
+
+def _hub_kernel(name: str, note: Note) -> Any:
     """Return the functions of a kernel of the hub. Raises UsageError for an unknown one."""
     if "flash-attn" not in name and "flash-attention" not in name:
         raise UsageError(
@@ -169,6 +177,7 @@ def _longest_samples_first(note: Note) -> Iterator[None]:
         if lengths and isinstance(batch_size, int):
             order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
             heaviest = order[:batch_size]
+            refuse_uncut(_tokens(dataset, order[0]))
             note(
                 f"every batch has the {len(heaviest)} longest samples of {len(lengths):,}, the "
                 f"longest of {lengths[order[0]]:,} tokens"
@@ -186,11 +195,20 @@ def _lengths(dataset: object) -> list[int] | None:
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "select_columns"):
         return None
-    ids = [column for column in columns if column.endswith("input_ids")]
-    if not ids:
+    if not (ids := _columns_of_tokens(columns)):
         return None
     rows = dataset.select_columns(ids).with_format(None)
     return [sum(len(row[column]) for column in ids) for row in rows]
+
+
+def _columns_of_tokens(columns: list[str]) -> list[str]:
+    return [column for column in columns if column.endswith("input_ids")]
+
+
+def _tokens(dataset: Any, place: int) -> list[int]:
+    """Return all tokens of one sample."""
+    row = dataset.with_format(None)[place]
+    return [token for column in _columns_of_tokens(list(row)) for token in row[column]]
 
 
 # ---- what leaves this machine, or stays on it ----
@@ -249,7 +267,7 @@ def _finding(find: Callable[[str], importlib.machinery.ModuleSpec | None]) -> It
 
 def _trackers_do_nothing(note: Note) -> AbstractContextManager[None]:
     def find(name: str) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in _TRACKERS or not _is_imported_by_script():
+        if name.partition(".")[0] not in _TRACKERS or not _is_imported_by_script(or_trainer=True):
             return None
         note(f"{name.partition('.')[0]} does nothing")
         return importlib.machinery.ModuleSpec(name, _AnythingLoader(), is_package=True)
@@ -270,14 +288,19 @@ def _kernel_libraries_refused() -> AbstractContextManager[None]:
     return _finding(find)
 
 
-def _is_imported_by_script() -> bool:
-    """Return whether the innermost import statement that runs is not a library's."""
+def _is_imported_by_script(*, or_trainer: bool = False) -> bool:
+    """Return whether the innermost import statement that runs is not a library's.
+
+    or_trainer: whether a trainer that is installed counts as a script too
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         is_machinery = file.startswith("<frozen") or "importlib" in file or file == __file__
         if not is_machinery and not file.endswith("library_patches.py"):
-            return not LIBRARIES & set(Path(file).parts)
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            is_own = or_trainer and package in OWN_PACKAGES
+            return is_own or not LIBRARIES & set(Path(file).parts)
         frame = frame.f_back
     return False
 
