@@ -261,7 +261,7 @@ def _datasets(module: Any, note: Note) -> Iterator[None]:
             f"assumed: the samples of {source}, which is not here, are as long as the script keeps"
         )
         sample = sample_of_trainer()
-        rows = absent_rows(source) if sample is None else equal_samples(module, sample)
+        rows: Any = absent_rows(source) if sample is None else equal_samples(module, sample)
         if sample is not None and options.get("streaming"):
             rows = rows.to_iterable_dataset()
         if options.get("split"):
