@@ -86,7 +86,7 @@ class AbsentRow(dict[str, object]):
             "is not known: put a file with one line of it there"
         )
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         return self[key] if key in (*_CONVERSATIONS, *_QUESTIONS, *_TEXTS) else default
 
     def __reduce__(self) -> Any:
@@ -96,10 +96,10 @@ class AbsentRow(dict[str, object]):
 class AbsentBatch(AbsentRow):
     """A batch of one such sample: each key has a list."""
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> object:
         return [super().__missing__(key)]
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         value = super().get(key, default)
         return [value] if value is default else value
 
@@ -116,7 +116,7 @@ class AbsentRows(Dataset[AbsentRow]):
     def __len__(self) -> int:
         return _NUM_ROWS
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: object) -> Any:
         row = AbsentRow(self._source)
         return [row[index]] * NUM_SAMPLES if isinstance(index, str) else row
 
@@ -144,15 +144,15 @@ def _absent_dataset(module: Any) -> type[AbsentRows]:
         """The samples of a data set that is not here."""
 
         #: the columns are known by what a function reads of a sample
-        column_names: Any = property(lambda _: [])
-        features: Any = property(lambda _: {})
-        num_rows: Any = property(len)
+        column_names: object = property(lambda _: [])
+        features: object = property(lambda _: {})
+        num_rows: object = property(len)
 
-        def map(self, function: Any, *_: Any, **options: Any) -> Any:
+        def map(self, function: Any, *_: object, **options: Any) -> object:
             batched, columns = options.get("batched"), options.get("input_columns")
             row = AbsentBatch(self._source) if batched else AbsentRow(self._source)
             names = [columns] if isinstance(columns, str) else columns
-            given: list[Any] = [row] if names is None else [row[name] for name in names]
+            given: list[object] = [row] if names is None else [row[name] for name in names]
             if options.get("with_indices"):
                 given.append([0] if batched else 0)
             made = function(*given, **options.get("fn_kwargs") or {})
@@ -161,19 +161,19 @@ def _absent_dataset(module: Any) -> type[AbsentRows]:
             sample = {name: value[0] if batched else value for name, value in made.items()}
             return equal_samples(module, sample)
 
-        def _itself(self, *_: Any, **__: Any) -> Any:
+        def _itself(self, *_: object, **__: object) -> object:
             return self
 
         filter = shuffle = select = take = skip = flatten_indices = with_format = _itself
         select_columns = remove_columns = cast = cast_column = _itself
 
-        def train_test_split(self, *_: Any, **__: Any) -> Any:
+        def train_test_split(self, *_: object, **__: object) -> object:
             return module.DatasetDict(train=self, test=self)
 
     return AbsentDataset
 
 
-class AbsentWeights(dict[str, Any]):
+class AbsentWeights(dict[str, object]):
     """The content of a file of weights that is not here; it fits every model."""
 
     def __missing__(self, key: str) -> object:
@@ -278,10 +278,10 @@ def _datasets(module: Any, note: Note) -> Iterator[None]:
         yield
 
 
-def _alone(call: Callable[..., Any]) -> Callable[..., Any]:
+def _alone(call: Callable[..., object]) -> Callable[..., object]:
     """Return a function of datasets that starts no processes of its own."""
 
-    def call_alone(*arguments: Any, **options: Any) -> Any:
+    def call_alone(*arguments: object, **options: object) -> object:
         if options.get("num_proc") is not None:
             options["num_proc"] = None
         return call(*arguments, **options)
@@ -289,7 +289,7 @@ def _alone(call: Callable[..., Any]) -> Callable[..., Any]:
     return call_alone
 
 
-def _are_equal(texts: Any) -> bool:
+def _are_equal(texts: object) -> bool:
     """Return whether these are several long texts, all of them the same."""
     return (
         isinstance(texts, list)
@@ -300,12 +300,12 @@ def _are_equal(texts: Any) -> bool:
     )
 
 
-def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[Any]:
+def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[object]:
     """Let a tokenizer remember long texts: samples that are not here are all alike."""
     call = tokenization.PreTrainedTokenizerBase.__call__
     known: dict[object, Any] = {}
 
-    def call_once(self: Any, text: Any = None, *arguments: Any, **options: Any) -> Any:
+    def call_once(self: object, text: Any = None, *arguments: object, **options: object) -> object:
         if _are_equal(text) and not options.get("return_tensors"):
             once = call(self, text[:1], *arguments, **options)
             once.data = {name: list(value) * len(text) for name, value in once.data.items()}

@@ -32,7 +32,7 @@ _PREFERENCE = {"prompt": _USER, "chosen": _ANSWER, "rejected": _ANSWER}
 _UNPAIRED = {"prompt": _USER, "completion": _ANSWER, "label": True}
 #: Modules of TRL -> a sample of the form that their trainers take. The first that is imported counts,
 #: since some trainers build on those that stand below them.
-_SAMPLES_OF_TRL: Mapping[str, Mapping[str, Any]] = {
+_SAMPLES_OF_TRL: Mapping[str, Mapping[str, object]] = {
     "orpo_trainer": _PREFERENCE,
     "cpo_trainer": _PREFERENCE,
     "kto_trainer": _UNPAIRED,
@@ -47,7 +47,7 @@ _SAMPLES_OF_TRL: Mapping[str, Mapping[str, Any]] = {
 _GENERATING = {"grpo_trainer", "rloo_trainer", "online_dpo_trainer", "ppo_trainer"}
 
 
-def sample_of_trainer() -> Mapping[str, Any] | None:
+def sample_of_trainer() -> Mapping[str, object] | None:
     """Return a sample of the form that the trainer of TRL takes, None without such a trainer.
 
     Raises UsageError for a trainer that generates text.
@@ -58,7 +58,7 @@ def sample_of_trainer() -> Mapping[str, Any] | None:
     return next((row for name, row in _SAMPLES_OF_TRL.items() if name in imported), None)
 
 
-def equal_samples(datasets: Any, sample: Mapping[str, Any]) -> Any:
+def equal_samples(datasets: Any, sample: Mapping[str, object]) -> Any:
     """Return a `datasets.Dataset` of samples that are all this one.
 
     datasets: the module.
@@ -80,14 +80,14 @@ def refuse_uncut(tokens: Sequence[int]) -> None:
         )
 
 
-def filters_keep_the_longest(datasets: Any) -> AbstractContextManager[Any]:
+def filters_keep_the_longest(datasets: Any) -> AbstractContextManager[object]:
     """Let a filter that drops all of `equal_samples`, as too long, cut them to what it keeps.
 
     datasets: the module.
     """
     call = datasets.Dataset.filter
 
-    def filter_or_cut(self: Any, function: Any = None, *arguments: Any, **options: Any) -> Any:
+    def filter_or_cut(self: Any, function: Any = None, *arguments: object, **options: Any) -> Any:
         kept = call(self, function, *arguments, **options)
         if len(kept) or not len(self) or arguments or options.get("with_indices"):
             return kept
@@ -108,7 +108,7 @@ def filters_keep_the_longest(datasets: Any) -> AbstractContextManager[Any]:
     return patch.object(datasets.Dataset, "filter", filter_or_cut)
 
 
-def _tokens(sample: Mapping[str, Any]) -> dict[str, list[int]]:
+def _tokens(sample: Mapping[str, object]) -> dict[str, list[int]]:
     return {
         name: value
         for name, value in sample.items()
@@ -116,7 +116,7 @@ def _tokens(sample: Mapping[str, Any]) -> dict[str, list[int]]:
     }
 
 
-def _cut(sample: Mapping[str, Any], length: int) -> dict[str, list[int]]:
+def _cut(sample: Mapping[str, object], length: int) -> dict[str, list[int]]:
     return {name: value[:length] for name, value in _tokens(sample).items()}
 
 

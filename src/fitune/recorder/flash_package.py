@@ -65,7 +65,7 @@ def _distributed() -> Iterator[None]:
         yield
 
 
-def _available(**_: Any) -> bool:
+def _available(**_: object) -> bool:
     return True
 
 
@@ -138,10 +138,10 @@ def _modules(target: CudaTarget) -> Iterator[ModuleType]:
     )
 
 
-def _of_transformers(name: str) -> Callable[..., Any]:
+def _of_transformers(name: str) -> Callable[..., object]:
     """Return a function of flash_attn.bert_padding as transformers has it, once it is called."""
 
-    def call(*arguments: Any, **options: Any) -> Any:
+    def call(*arguments: object, **options: object) -> object:
         module = importlib.import_module("transformers.modeling_flash_attention_utils")
         return getattr(module, f"_{name}")(*arguments, **options)
 

@@ -37,14 +37,14 @@ Follow = Callable[[Launch], NoReturn]
 @contextmanager
 def launches_followed(follow: Follow) -> Iterator[None]:
     """Hand over what this block starts by `subprocess` or `os.exec*`, if it is a Python script."""
-    start = subprocess.Popen.__init__
+    start: Callable[..., None] = subprocess.Popen.__init__
 
-    def popen(self: Any, args: Any, *others: Any, **options: Any) -> None:
+    def popen(self: object, args: object, *others: object, **options: Any) -> None:
         _follow_script(args, options.get("cwd"), options.get("env"), follow)
         start(self, args, *others, **options)
 
-    def replacing(call: Callable[..., Any]) -> Callable[..., Any]:
-        def execute(file: Any, args: Any, env: Any = None) -> Any:
+    def replacing(call: Callable[..., object]) -> Callable[..., object]:
+        def execute(file: object, args: object, env: Any = None) -> object:
             _follow_script(args, None, env, follow)
             return call(file, args) if env is None else call(file, args, env)
 
@@ -57,7 +57,7 @@ def launches_followed(follow: Follow) -> Iterator[None]:
         yield
 
 
-def _follow_script(command: Any, directory: Any, environment: Any, follow: Follow) -> None:
+def _follow_script(command: object, directory: Any, environment: Any, follow: Follow) -> None:
     words = _words(command)
     if not _is_script(words):
         return
@@ -71,7 +71,7 @@ def _follow_script(command: Any, directory: Any, environment: Any, follow: Follo
     )
 
 
-def _words(command: Any) -> list[str]:
+def _words(command: object) -> list[str]:
     if isinstance(command, str):
         try:
             return shlex.split(command)

@@ -152,7 +152,7 @@ class ScratchFiles:
         return listdir
 
     def _scanning(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def scandir(path: Any = ".") -> Any:
+        def scandir(path: Any = ".") -> object:
             try:
                 return call(path)
             except FileNotFoundError:

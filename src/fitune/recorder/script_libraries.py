@@ -132,7 +132,7 @@ def _refuse_quantised(options: Mapping[str, object]) -> None:
         )
 
 
-def _refuse_generation(*_: Any, **__: Any) -> Any:
+def _refuse_generation(*_: object, **__: object) -> object:
     raise UsageError(GENERATES)
 
 
