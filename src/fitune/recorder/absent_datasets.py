@@ -30,8 +30,8 @@ _USER = [{"role": "user", "content": QUESTION}]
 _ANSWER = [{"role": "assistant", "content": LONG_TEXT}]
 _PREFERENCE = {"prompt": _USER, "chosen": _ANSWER, "rejected": _ANSWER}
 _UNPAIRED = {"prompt": _USER, "completion": _ANSWER, "label": True}
-#: Modules of TRL -> a sample of the form that their trainers take. The first that is imported counts,
-#: since some trainers build on those that stand below them.
+#: Modules of TRL -> a sample of the form that their trainers take. The first that is imported
+#: counts, since some trainers build on those that stand below them.
 _SAMPLES_OF_TRL: Mapping[str, Mapping[str, object]] = {
     "orpo_trainer": _PREFERENCE,
     "cpo_trainer": _PREFERENCE,

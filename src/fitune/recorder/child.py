@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from fitune.boundary import is_debugging
 from fitune.errors import FituneError, UsageError
+from fitune.recorder.launches import Launch
 
 #: Python code that starts this process with (directory of fitune, file of the request)
 BOOT = """
@@ -79,7 +80,6 @@ def _record(request: dict[str, Any], result: Path) -> None:
             "and later; name another Python with --python"
         )
     from fitune.recorder.cuda_target import CudaTarget
-    from fitune.recorder.launches import Launch
     from fitune.recorder.script import ScriptSettings, record_script
     from fitune.recorder.transfer import write_recording
 
