@@ -163,6 +163,64 @@ def test_what_is_not_predicted_is_said_in_one_sentence(case: str, place: Path) -
     assert "\n" not in str(refused.value)
 
 
+LAUNCHER = """
+import os, subprocess, sys, torch
+FOUND_AT_IMPORT = torch.cuda.is_available()
+def main():
+    subprocess.run(["git", "--version"], check=False)
+    assert FOUND_AT_IMPORT
+    subprocess.run(WORDS, env=os.environ | {"WIDTH": "128"}, check=True)
+"""
+WIDTH = STEP.replace("import torch", "import os, torch\nW = int(os.environ['WIDTH'])").replace(
+    "64", "W"
+)
+
+
+def install_command(place: Path, words: list[str]) -> str:
+    """Install a package with a command `tune` beside a Python, as pip does."""
+    library = place / "env" / "lib" / "site-packages"
+    (library / "tuner").mkdir(parents=True)
+    (library / "tuner" / "__init__.py").touch()
+    (library / "tuner" / "cli.py").write_text(LAUNCHER.replace("WORDS", repr(words)))
+    (place / "env" / "bin").mkdir()
+    python = place / "env" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={library} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    command = place / "env" / "bin" / "tune"
+    command.write_text(f"#!{python}\nfrom tuner.cli import main\nmain()\n")
+    command.chmod(0o755)
+    return str(python)
+
+
+def test_what_the_command_of_a_trainer_starts_is_predicted_in_its_place(place: Path) -> None:
+    script = str(place / write(place, WIDTH))
+    launch = ["accelerate", "launch", "--mixed_precision", "bf16", script]
+    python = install_command(place, launch)
+    found = predict(place, "tune", python=python)
+    assert found.categories["parameter"] == (128 * 128 + 128) * 4
+
+
+def test_a_command_that_starts_several_processes_is_refused(place: Path) -> None:
+    python = install_command(place, ["torchrun", "--nproc_per_node", "2", "own.py"])
+    with pytest.raises(UsageError, match="starts 2 processes"):
+        predict(place, "tune", python=python)
+
+
+def test_accelerate_hands_its_settings_to_the_script(place: Path) -> None:
+    (place / "one.yaml").write_text("mixed_precision: fp16\nnum_processes: 1\n")
+    words = f"accelerate launch --debug --config_file {place / 'one.yaml'} t.py -x".split()
+    found = read_script_command(words)
+    assert (found.name, found.arguments) == ("t.py", ("-x",))
+    assert found.variables == (("ACCELERATE_MIXED_PRECISION", "fp16"),)
+    (place / "eight.yaml").write_text("distributed_type: FSDP\nnum_processes: 8\n")
+    with pytest.raises(UsageError, match="starts 8 processes"):
+        read_script_command(["accelerate", "launch", "--config_file", str(place / "eight.yaml")])
+    with pytest.raises(UsageError, match="use_fsdp shares the model among processes"):
+        read_script_command(["accelerate", "launch", "--use_fsdp", "t.py"])
+    with pytest.raises(UsageError, match=r"absent.yaml, the configuration .* cannot be read"):
+        read_script_command(["accelerate", "launch", "--config_file", "absent.yaml", "t.py"])
+
+
 def test_a_script_that_catches_everything_is_ended(place: Path) -> None:
     """It goes on after the end of its last step, and what was recorded until then counts."""
     forward = "    model(torch.ones(8, 64, device='cuda')).sum().backward()"
@@ -212,7 +270,9 @@ COMMANDS = {
         "python", "t.py", False, (), (("CUDA_VISIBLE_DEVICES", "1"),)
     ),
     "torchrun --standalone --nproc_per_node 1 t.py -x": ScriptCommand(None, "t.py", False, ("-x",)),
-    "accelerate launch --mixed_precision bf16 t.py": ScriptCommand(None, "t.py", False, ()),
+    "accelerate launch --mixed_precision bf16 t.py": ScriptCommand(
+        None, "t.py", False, (), (("ACCELERATE_MIXED_PRECISION", "bf16"),)
+    ),
     "python -m torch.distributed.run --nproc-per-node=1 t.py": ScriptCommand(
         "python", "t.py", False, ()
     ),
@@ -222,7 +282,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize("text", COMMANDS)
 def test_a_command_is_read_as_it_is_typed(text: str) -> None:
-    assert read_script_command(text.split()) == COMMANDS[text]
+    found = read_script_command(text.split())
+    # the Python of a launcher that is installed here
+    assert replace(found, python=COMMANDS[text].python) == COMMANDS[text]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from fitune.boundary import bounded, is_debugging
 from fitune.errors import FituneError, UnexpectedError, UsageError
 from fitune.machine.cards import Device
 from fitune.machine.devices import find_device, this_machine
+from fitune.planning.launchers import LAUNCHER_MODULES, LAUNCHERS, after_launcher
 from fitune.recorder.child import BOOT
 from fitune.recorder.events import MemoryTrace
 from fitune.recorder.recording import RecordedEvents
@@ -32,13 +33,6 @@ from fitune.recorder.transfer import read_recording
 Rows = Literal["longest", "as-they-come"]
 
 _PYTHON = re.compile(r"python(\d(\.\d+)?)?$")
-#: Launchers whose own options stand before the script -> those of them that take no value
-_LAUNCHERS = {
-    "torchrun": {"--standalone", "--no-python", "--no_python", "-m", "--module"},
-    "accelerate": {"--cpu", "--multi_gpu", "--quiet", "-q", "-m", "--module"},
-}
-_LAUNCHER_MODULES = {"torch.distributed.run": "torchrun", "torch.distributed.launch": "torchrun"}
-_ONE_PROCESS = ("nproc_per_node", "nproc-per-node", "num_processes", "nnodes", "num_machines")
 #: Environment variables by which a script would take itself for one of several processes
 _PROCESS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: What keeps libraries from the network and from trackers
@@ -117,8 +111,11 @@ def read_script_command(words: Sequence[str]) -> ScriptCommand:
                 rest.pop(0)
             if rest and rest[0] == "-c":
                 raise UsageError("python -c has no script: put the code into a file")
-        elif program in _LAUNCHERS:
-            rest = _after_launcher(rest)
+        elif program in LAUNCHERS:
+            launcher = shutil.which(rest[0])
+            python = python or (None if launcher is None else _interpreter_of(launcher))
+            rest, handed_on = after_launcher(rest)
+            variables += handed_on
         elif program in ("uv", "poetry", "pdm") and rest[1:2] == ["run"]:
             rest = rest[2:]
             continue
@@ -130,8 +127,8 @@ def read_script_command(words: Sequence[str]) -> ScriptCommand:
         else:
             break
         if rest[1:] and rest[0] in ("-m", "--module"):
-            if rest[1] in _LAUNCHER_MODULES:
-                rest = [_LAUNCHER_MODULES[rest[1]], *rest[2:]]
+            if rest[1] in LAUNCHER_MODULES:
+                rest = [*LAUNCHER_MODULES[rest[1]].split(), *rest[2:]]
                 continue
             is_module = True
             rest.pop(0)
@@ -142,28 +139,6 @@ def read_script_command(words: Sequence[str]) -> ScriptCommand:
         raise UsageError("no script behind --: write fitune plan --gpu CARD -- python SCRIPT.py")
     name, *arguments = rest
     return ScriptCommand(python, name, is_module, tuple(arguments), tuple(variables))
-
-
-def _after_launcher(words: list[str]) -> list[str]:
-    """Drop `torchrun` or `accelerate launch` and its options. Raises UsageError for processes."""
-    program, rest = Path(words[0]).name, words[1:]
-    if program == "accelerate":
-        if rest[:1] != ["launch"]:
-            raise UsageError(
-                f"accelerate {' '.join(rest[:1])} trains nothing: write accelerate launch SCRIPT.py"
-            )
-        rest = rest[1:]
-    while rest and rest[0].startswith("-") and rest[0] not in ("-m", "--module"):
-        option, equals, value = rest.pop(0).partition("=")
-        if not equals and option not in _LAUNCHERS[program]:
-            value = rest.pop(0) if rest else ""
-        if option.lstrip("-") in _ONE_PROCESS and value != "1":
-            raise UsageError(
-                f"this command starts {value} processes ({option}), and a prediction is of one: "
-                f"give {option}=1; each card of a data-parallel run needs as much, and a little "
-                "more for the buffers that gradients are summed in"
-            )
-    return rest
 
 
 @bounded("fitune.predict_script")
@@ -230,36 +205,57 @@ def record_command(
     with tempfile.TemporaryDirectory(prefix="fitune-script-") as place:
         # symlinks of the system, such as macOS' /tmp, would make two paths of one file
         scratch = Path(place).resolve()
-        name, interpreter = _find_script(command, directory, scratch)
         request = {
-            "name": name,
-            "is_module": command.is_module,
-            "arguments": command.arguments,
             "target": _target(device),
             "num_steps": num_steps,
             "rows": rows,
             "scratch": str(scratch),
             "result": str(scratch / "recording.npz"),
         }
-        (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        output = scratch / "output.txt"
-        arguments = [
-            python or interpreter,
-            "-c",
-            BOOT,
-            str(_DIRECTORY),
-            str(scratch / "request.json"),
-        ]
-        with output.open("wb") as written:
-            code = _wait(
-                arguments,
-                directory,
-                _environment(command, scratch),
-                None if is_debugging() else written,
-            )
-        return _read_result(scratch, code, output, arguments[0])
+        environment: Mapping[str, str] = os.environ
+        for _ in range(_MOST_LAUNCHES):
+            launched = _run(command, directory, environment, request, python)
+            if isinstance(launched, MemoryTrace):
+                return launched
+            command = read_script_command(launched["words"])
+            directory, environment = Path(launched["directory"]), launched["environment"]
+        raise UsageError(
+            f"the command starts another one, and so on {_MOST_LAUNCHES} times: give the script "
+            "that trains"
+        )
 
 
+def _run(
+    command: ScriptCommand,
+    directory: Path,
+    environment: Mapping[str, str],
+    request: dict[str, Any],
+    python: str | None,
+) -> MemoryTrace | dict[str, Any]:
+    """Return what was recorded of the command, or the command that it starts in its place."""
+    scratch = Path(request["scratch"])
+    name, interpreter = _find_script(command, directory, scratch, python)
+    request |= {"name": name, "is_module": command.is_module, "arguments": command.arguments}
+    (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    output = scratch / "output.txt"
+    arguments = [interpreter, "-c", BOOT, str(_DIRECTORY), str(scratch / "request.json")]
+    with output.open("wb") as written:
+        code = _wait(
+            arguments,
+            directory,
+            _environment(environment, command, scratch),
+            None if is_debugging() else written,
+        )
+    launch = scratch / "recording.npz.launch"
+    if launch.exists():
+        launched: dict[str, Any] = json.loads(launch.read_text(encoding="utf-8"))
+        launch.unlink()
+        return launched
+    return _read_result(scratch, code, output, interpreter)
+
+
+#: A command of a trainer may start accelerate, which starts Python
+_MOST_LAUNCHES = 4
 _DIRECTORY = Path(__file__).parent.parent
 
 
@@ -272,11 +268,14 @@ def _target(device: Device) -> dict[str, object]:
     }
 
 
-def _find_script(command: ScriptCommand, directory: Path, scratch: Path) -> tuple[str, str]:
+def _find_script(
+    command: ScriptCommand, directory: Path, scratch: Path, python: str | None
+) -> tuple[str, str]:
     """Return the script and the interpreter that runs it. Raises UsageError if there is none."""
-    interpreter = sys.executable if command.python is None else shutil.which(command.python)
+    named = python or command.python
+    interpreter = sys.executable if named is None else shutil.which(named)
     if interpreter is None:
-        raise UsageError(f"there is no {command.python} here: name the interpreter with --python")
+        raise UsageError(f"there is no {named} here: name the interpreter with --python")
     if command.is_module:
         return command.name, interpreter
     path = directory / command.name
@@ -285,17 +284,28 @@ def _find_script(command: ScriptCommand, directory: Path, scratch: Path) -> tupl
     if path.is_file():
         return command.name, interpreter
     # a command that a package has installed, such as `trl sft`
-    installed = shutil.which(command.name)
+    beside = None if named is None else str(Path(interpreter).parent)
+    installed = shutil.which(command.name, path=beside) or shutil.which(command.name)
     if installed is not None and command.python is None:
-        with open(installed, "rb") as file:
-            first = file.readline(4096).decode(errors="replace").strip()
-        if first.startswith("#!") and "python" in first:
-            return installed, first[2:].split()[-1]
-        raise UsageError(f"{command.name} is no Python script: give the script that it starts")
+        its_own = _interpreter_of(installed)
+        if its_own is None:
+            raise UsageError(f"{command.name} is no Python script: give the script that it starts")
+        return installed, its_own if python is None else interpreter
     raise UsageError(
         f"there is no script {command.name} in {directory}: give --cwd the directory in which the "
         "command is run"
     )
+
+
+def _interpreter_of(program: str) -> str | None:
+    """Return the Python that runs an installed command, None if it is none of Python's."""
+    with open(program, "rb") as file:
+        first, _, rest = file.read(4096).decode(errors="replace").partition("\n")
+    if first.startswith("#!") and "python" in first:
+        return first[2:].split()[-1]
+    # pip writes this where the path of the interpreter is too long for the first line
+    through_sh = re.match(r"'''exec' \"?([^\"\n]+?)\"? \"\$0\"", rest)
+    return None if through_sh is None else through_sh[1]
 
 
 def _script_of_notebook(path: Path, scratch: Path) -> Path:
@@ -316,10 +326,10 @@ def _script_of_notebook(path: Path, scratch: Path) -> Path:
     return script
 
 
-def _environment(command: ScriptCommand, scratch: Path) -> dict[str, str]:
-    variables = {
-        name: value for name, value in os.environ.items() if name not in _PROCESS_VARIABLES
-    }
+def _environment(
+    inherited: Mapping[str, str], command: ScriptCommand, scratch: Path
+) -> dict[str, str]:
+    variables = {name: value for name, value in inherited.items() if name not in _PROCESS_VARIABLES}
     caches = {
         name: str(scratch / name.lower())
         for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "TRITON_CACHE_DIR", "MPLCONFIGDIR")

@@ -16,16 +16,23 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fitune.errors import UsageError
+from fitune.recorder.absent_datasets import (
+    LONG_TEXT,
+    NUM_SAMPLES,
+    QUESTION,
+    equal_samples,
+    filters_keep_the_longest,
+    sample_of_trainer,
+)
 from fitune.recorder.library_patches import when_imported
 
-#: More than a script keeps of a sample, so that it cuts each one to its own longest length
-LONG_TEXT = "All samples are as long as the script lets them be. " * 2500
 #: Keys of a sample whose value is a list of messages
 _CONVERSATIONS = ("conversations", "messages", "conversation", "chosen", "rejected")
-#: Keys of a sample whose value is text
+#: Keys of a sample whose value is text, of what is asked and of all else
+_QUESTIONS = ("prompt", "instruction", "input", "question", "query", "system")
 _TEXTS = (
-    *("text", "content", "prompt", "completion", "response", "instruction", "input", "output"),
-    *("question", "answer", "query", "system", "article", "document", "story", "code"),
+    *("text", "content", "completion", "response", "output", "answer"),
+    *("article", "document", "story", "code"),
 )
 _NUM_ROWS = 100_000
 #: Numbers in place of a file of token ids
@@ -45,6 +52,10 @@ def absent_data(note: Note) -> Iterator[None]:
             when_imported(
                 {
                     "datasets": lambda module: _datasets(module, note),
+                    # asks the hub first, which is not here
+                    "axolotl.utils.data.shared": lambda module: patch.object(
+                        module, "_check_if_hub_dataset", lambda *_, **__: True
+                    ),
                     "transformers.tokenization_utils_base": _equal_texts_tokenised_once,
                 }
             )
@@ -62,9 +73,12 @@ class AbsentRow(dict[str, object]):
     def __missing__(self, key: str) -> object:
         if key in _CONVERSATIONS:
             return [
-                {"role": "user", "content": "How long is the longest answer?"},
+                {"role": "user", "content": QUESTION},
                 {"role": "assistant", "content": LONG_TEXT},
             ]
+        # an answer that is cut off would leave nothing to train on
+        if key in _QUESTIONS:
+            return QUESTION
         if key in _TEXTS:
             return LONG_TEXT
         raise UsageError(
@@ -73,14 +87,28 @@ class AbsentRow(dict[str, object]):
         )
 
     def get(self, key: str, default: object = None) -> Any:
-        return self[key] if key in _CONVERSATIONS or key in _TEXTS else default
+        return self[key] if key in (*_CONVERSATIONS, *_QUESTIONS, *_TEXTS) else default
 
     def __reduce__(self) -> Any:
         return AbsentRow, (self._source,)
 
 
+class AbsentBatch(AbsentRow):
+    """A batch of one such sample: each key has a list."""
+
+    def __missing__(self, key: str) -> object:
+        return [super().__missing__(key)]
+
+    def get(self, key: str, default: object = None) -> object:
+        value = super().get(key, default)
+        return [value] if value is default else value
+
+
 class AbsentRows(Dataset[AbsentRow]):
-    """The samples of a file that is not here."""
+    """The samples of a file that is not here.
+
+    What a script does with all of them at once is done with one, which then stands for all.
+    """
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -88,8 +116,17 @@ class AbsentRows(Dataset[AbsentRow]):
     def __len__(self) -> int:
         return _NUM_ROWS
 
-    def __getitem__(self, index: object) -> AbsentRow:
-        return AbsentRow(self._source)
+    def __getitem__(self, index: object) -> Any:
+        row = AbsentRow(self._source)
+        return [row[index]] * NUM_SAMPLES if isinstance(index, str) else row
+
+    def __iter__(self) -> Iterator[AbsentRow]:
+        return (AbsentRow(self._source) for _ in range(_NUM_ROWS))
+
+    def __del__(self) -> None: ...
+
+    def __repr__(self) -> str:
+        return f"AbsentRows({self._source!r})"
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -98,6 +135,42 @@ class AbsentRows(Dataset[AbsentRow]):
             f"{self._source} is not here, and the script does more with it than to read its "
             f"samples (.{name}): put a file with a few lines there"
         )
+
+
+def _absent_dataset(module: Any) -> type[AbsentRows]:
+    """Return `AbsentRows` that pass as a `datasets.Dataset`. module: the module datasets."""
+
+    class AbsentDataset(AbsentRows, module.Dataset):  # type: ignore[misc]
+        """The samples of a data set that is not here."""
+
+        #: the columns are known by what a function reads of a sample
+        column_names: object = property(lambda _: [])
+        features: object = property(lambda _: {})
+        num_rows: object = property(len)
+
+        def map(self, function: Any, *_: object, **options: Any) -> object:
+            batched, columns = options.get("batched"), options.get("input_columns")
+            row = AbsentBatch(self._source) if batched else AbsentRow(self._source)
+            names = [columns] if isinstance(columns, str) else columns
+            given: list[object] = [row] if names is None else [row[name] for name in names]
+            if options.get("with_indices"):
+                given.append([0] if batched else 0)
+            made = function(*given, **options.get("fn_kwargs") or {})
+            if not made:
+                return self
+            sample = {name: value[0] if batched else value for name, value in made.items()}
+            return equal_samples(module, sample)
+
+        def _itself(self, *_: object, **__: object) -> object:
+            return self
+
+        filter = shuffle = select = take = skip = flatten_indices = with_format = _itself
+        select_columns = remove_columns = cast = cast_column = _itself
+
+        def train_test_split(self, *_: object, **__: object) -> object:
+            return module.DatasetDict(train=self, test=self)
+
+    return AbsentDataset
 
 
 class AbsentWeights(dict[str, object]):
@@ -166,9 +239,10 @@ def _token_files(note: Note) -> Iterator[None]:
         yield
 
 
-def _datasets(module: Any, note: Note) -> AbstractContextManager[object]:
+@contextmanager
+def _datasets(module: Any, note: Note) -> Iterator[None]:
     """Let load_dataset of the package datasets return samples where the file is not here."""
-    load_dataset = module.load_dataset
+    load_dataset, absent_rows = module.load_dataset, _absent_dataset(module)
 
     def load_or_absent(path: str, *arguments: object, **options: object) -> object:
         files = options.get("data_files")
@@ -186,10 +260,44 @@ def _datasets(module: Any, note: Note) -> AbstractContextManager[object]:
         note(
             f"assumed: the samples of {source}, which is not here, are as long as the script keeps"
         )
-        rows = AbsentRows(source)
-        return rows if options.get("split") else dict.fromkeys(("train", "validation"), rows)
+        sample = sample_of_trainer()
+        rows: Any = absent_rows(source) if sample is None else equal_samples(module, sample)
+        if sample is not None and options.get("streaming"):
+            rows = rows.to_iterable_dataset()
+        if options.get("split"):
+            return rows
+        return module.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
 
-    return patch.object(module, "load_dataset", load_or_absent)
+    with (
+        patch.object(module, "load_dataset", _alone(load_or_absent)),
+        patch.object(module.Dataset, "map", _alone(module.Dataset.map)),
+        patch.object(module.Dataset, "filter", _alone(module.Dataset.filter)),
+        patch.object(module.Dataset, "save_to_disk", _alone(module.Dataset.save_to_disk)),
+        filters_keep_the_longest(module),
+    ):
+        yield
+
+
+def _alone(call: Callable[..., object]) -> Callable[..., object]:
+    """Return a function of datasets that starts no processes of its own."""
+
+    def call_alone(*arguments: object, **options: object) -> object:
+        if options.get("num_proc") is not None:
+            options["num_proc"] = None
+        return call(*arguments, **options)
+
+    return call_alone
+
+
+def _are_equal(texts: object) -> bool:
+    """Return whether these are several long texts, all of them the same."""
+    return (
+        isinstance(texts, list)
+        and len(texts) > 1
+        and isinstance(texts[0], str)
+        and len(texts[0]) >= len(LONG_TEXT)
+        and all(text == texts[0] for text in texts)
+    )
 
 
 def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[object]:
@@ -197,9 +305,11 @@ def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[obj
     call = tokenization.PreTrainedTokenizerBase.__call__
     known: dict[object, Any] = {}
 
-    def call_once(
-        self: object, text: object = None, *arguments: object, **options: object
-    ) -> object:
+    def call_once(self: object, text: Any = None, *arguments: object, **options: object) -> object:
+        if _are_equal(text) and not options.get("return_tensors"):
+            once = call(self, text[:1], *arguments, **options)
+            once.data = {name: list(value) * len(text) for name, value in once.data.items()}
+            return once
         if not isinstance(text, str) or len(text) < len(LONG_TEXT):
             return call(self, text, *arguments, **options)
         key = (id(self), text, repr(arguments), repr(sorted(options.items())))

@@ -158,6 +158,9 @@ class _DeviceOfLoop(type):
     """Replaces `torch.device` for a loop: the same type, except that "cpu" makes `HOST`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> object:
+        if len(args) == 1 and isinstance(args[0], int):
+            # a number is one of the accelerator, which a CPU build of torch does not have
+            args = ("cuda", *args)
         device = _REAL_DEVICE(*args, **kwargs)
         return HOST if device == CARD and not _is_of_torch(sys._getframe(1)) else device
 

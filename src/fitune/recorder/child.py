@@ -4,15 +4,17 @@ This process has the user's versions of torch and of everything else. Of fitune 
 recorder and the messages alone (`BOOT`), from the directory of the fitune that started it.
 """
 
+import dataclasses
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fitune.boundary import is_debugging
 from fitune.errors import FituneError, UsageError
+from fitune.recorder.launches import Launch
 
 #: Python code that starts this process with (directory of fitune, file of the request)
 BOOT = """
@@ -34,7 +36,8 @@ def main(request_path: str) -> None:
     """Record the script of a request and write the recording, or why there is none, to files.
 
     The request is JSON: the fields of `ScriptSettings` and "result", the path of the recording. An
-    error is written as JSON to the same path with ".error" behind it.
+    error is written as JSON to the same path with ".error" behind it, and a command that the script
+    starts in its place with ".launch".
     """
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     result = Path(request.pop("result"))
@@ -80,6 +83,11 @@ def _record(request: dict[str, Any], result: Path) -> None:
     from fitune.recorder.script import ScriptSettings, record_script
     from fitune.recorder.transfer import write_recording
 
+    def follow(launch: Launch) -> NoReturn:
+        content = json.dumps(dataclasses.asdict(launch))
+        result.with_name(result.name + ".launch").write_text(content, encoding="utf-8")
+        os._exit(0)
+
     target = request.pop("target")
     target["compute_capability"] = tuple(target["compute_capability"])
     settings = ScriptSettings(
@@ -90,7 +98,9 @@ def _record(request: dict[str, Any], result: Path) -> None:
             "scratch": Path(request["scratch"]),
         }
     )
-    record_script(settings, done=lambda recording: write_recording(recording, result))
+    record_script(
+        settings, done=lambda recording: write_recording(recording, result), follow=follow
+    )
 
 
 def _write(

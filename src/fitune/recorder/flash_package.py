@@ -6,8 +6,10 @@ backward needs the same saved tensors and the same temporaries (csrc/flash_attn/
 both).
 """
 
+import importlib
+import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -21,6 +23,9 @@ from fitune.errors import UsageError
 from fitune.recorder.cuda_attention import flash_attention
 from fitune.recorder.cuda_target import CudaTarget
 
+#: The version of flash-attn whose functions these are
+_VERSION = "2.8.3"
+
 
 @contextmanager
 def flash_package(target: CudaTarget) -> Iterator[None]:
@@ -33,7 +38,8 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
         return
     helpers: Any = sys.modules.get("transformers.modeling_flash_attention_utils")
     with ExitStack() as stack:
-        for module in _modules(target, helpers):
+        stack.enter_context(_distributed())
+        for module in _modules(target):
             sys.modules[module.__name__] = module
             # Only these modules are removed: others that the block imports stay imported.
             stack.callback(sys.modules.pop, module.__name__)
@@ -45,11 +51,25 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _distributed() -> Iterator[None]:
+    """Let the package have a distribution, by which versions of transformers look for it."""
+    find = importlib.metadata.packages_distributions
+    known = {"flash_attn": ["flash-attn"]}
+    imported: Any = sys.modules.get("transformers.utils.import_utils")
+    mapping = getattr(imported, "PACKAGE_DISTRIBUTION_MAPPING", {})
+    with (
+        patch.dict(mapping, known),
+        patch.object(importlib.metadata, "packages_distributions", lambda: {**find(), **known}),
+    ):
+        yield
+
+
 def _available(**_: object) -> bool:
     return True
 
 
-def _modules(target: CudaTarget, helpers: object) -> Iterator[ModuleType]:
+def _modules(target: CudaTarget) -> Iterator[ModuleType]:
     def refuse_older_cards() -> None:
         if target.compute_capability < (8, 0):
             major, minor = target.compute_capability
@@ -102,17 +122,30 @@ def _modules(target: CudaTarget, helpers: object) -> Iterator[ModuleType]:
 
     package = _module(
         "flash_attn",
+        __version__=_VERSION,
         flash_attn_func=flash_attn_func,
         flash_attn_varlen_func=flash_attn_varlen_func,
         flash_attn_with_kvcache=None,
     )
+    package.__path__ = []
     yield package
-    if helpers is not None:
-        names = {
-            name: getattr(helpers, f"_{name}")
+    yield _module(
+        "flash_attn.bert_padding",
+        **{
+            name: _of_transformers(name)
             for name in ("pad_input", "unpad_input", "index_first_axis")
-        }
-        yield _module("flash_attn.bert_padding", **names)
+        },
+    )
+
+
+def _of_transformers(name: str) -> Callable[..., object]:
+    """Return a function of flash_attn.bert_padding as transformers has it, once it is called."""
+
+    def call(*arguments: object, **options: object) -> object:
+        module = importlib.import_module("transformers.modeling_flash_attention_utils")
+        return getattr(module, f"_{name}")(*arguments, **options)
+
+    return call
 
 
 def _module(name: str, **content: object) -> ModuleType:

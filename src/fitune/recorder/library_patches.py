@@ -16,6 +16,8 @@ from typing import Any
 
 #: The directories in which libraries are installed; modules elsewhere are the user's own
 LIBRARIES = {"site-packages", "dist-packages"}
+#: Top-level packages that are installed, but are the trainer that is recorded
+OWN_PACKAGES: set[str] = set()
 #: Patches a module for as long as the context lasts
 Patch = Callable[[Any], AbstractContextManager[object]]
 
@@ -26,10 +28,22 @@ def is_library_import() -> bool:
     # code of fitune calls what is recorded
     while frame is not None and not _is_of_fitune(frame):
         code = frame.f_code
-        if code.co_name == "<module>" and LIBRARIES & set(Path(code.co_filename).parts):
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        is_installed = LIBRARIES & set(Path(code.co_filename).parts)
+        if code.co_name == "<module>" and is_installed and package not in OWN_PACKAGES:
             return True
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def own_packages(*names: str) -> Iterator[None]:
+    """Take these packages for the user's own in this block, although they are installed."""
+    OWN_PACKAGES.update(names)
+    try:
+        yield
+    finally:
+        OWN_PACKAGES.difference_update(names)
 
 
 def _is_of_fitune(frame: FrameType) -> bool:

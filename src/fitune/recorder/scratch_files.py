@@ -64,6 +64,7 @@ class ScratchFiles:
                 )
             )
             stack.enter_context(patch.object(os, "listdir", self._listing(os.listdir)))
+            stack.enter_context(patch.object(os, "scandir", self._scanning(os.scandir)))
             yield
 
     def refuse_others(self) -> None:
@@ -149,6 +150,15 @@ class ScratchFiles:
             return list(dict.fromkeys([*before, *call(place)]))
 
         return listdir
+
+    def _scanning(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def scandir(path: Any = ".") -> object:
+            try:
+                return call(path)
+            except FileNotFoundError:
+                return call(self._place(path, False))
+
+        return scandir
 
     def _is_file_outside(self, path: Any) -> bool:
         return (

@@ -6,6 +6,7 @@ named in `MemoryTrace.source`.
 """
 
 import os
+import re
 import runpy
 import sys
 import sysconfig
@@ -33,7 +34,8 @@ from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import COMPILED
 from fitune.recorder.failures import explained
 from fitune.recorder.known_data import forget_data
-from fitune.recorder.library_patches import LIBRARIES
+from fitune.recorder.launches import Follow, launches_followed
+from fitune.recorder.library_patches import LIBRARIES, own_packages
 from fitune.recorder.patience import Patience
 from fitune.recorder.record import fake_tensors, is_compiled, process_as_recorded
 from fitune.recorder.recorder import Recorder
@@ -64,13 +66,16 @@ class ScriptSettings:
     scratch: Path
 
 
-def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]) -> None:
+def record_script(
+    settings: ScriptSettings, *, done: Callable[[Recording], None], follow: Follow
+) -> None:
     """Run the script and hand over the recording of its first `num_steps` optimizer steps.
 
     The recording is shorter if the script ends earlier. The process is of no further use: what the
     script has started or replaced in it stays.
 
     done: is called with the recording, before the script is ended.
+    follow: is called with the command by which the script starts the training in another process.
 
     Raises UsageError for a script that fails, or that makes no optimizer step.
     """
@@ -119,6 +124,8 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
         stack.enter_context(card_stands_in(recorder))
         stack.enter_context(_equal_passes_skipped(ends, note))
         stack.enter_context(_weights_unknown())
+        stack.enter_context(own_packages("__main__", *_package(settings)))
+        stack.enter_context(launches_followed(follow))
         stack.enter_context(files.redirected())
         files.refuse_others()
         try:
@@ -149,6 +156,21 @@ def _run(settings: ScriptSettings) -> None:
             runpy.run_module(settings.name, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(settings.name, run_name="__main__")
+
+
+def _package(settings: ScriptSettings) -> list[str]:
+    """Return the top-level package of a trainer that is installed and run as a script."""
+    if settings.is_module:
+        return [settings.name.partition(".")[0]]
+    path = Path(settings.name).resolve()
+    if (library := next(iter(LIBRARIES & set(path.parts)), None)) is not None:
+        return [path.parts[path.parts.index(library) + 1]]
+    if path.suffix == ".py" or not path.is_file():
+        return []
+    # a command that pip has written imports the function that it calls
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    imported = (re.match(r"from (\w+)[\w.]* import ", line) for line in lines)
+    return [found[1] for found in imported if found is not None]
 
 
 def _shown(settings: ScriptSettings) -> str:

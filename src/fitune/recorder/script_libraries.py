@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from fitune.errors import UsageError
 from fitune.recorder.absent_data import Note
-from fitune.recorder.library_patches import LIBRARIES, when_imported
+from fitune.recorder.absent_datasets import GENERATES, refuse_uncut
+from fitune.recorder.library_patches import LIBRARIES, OWN_PACKAGES, when_imported
 from fitune.recorder.triton_kernels import triton_kernels
 
 _TRACKERS = ("wandb", "swanlab", "trackio", "comet_ml", "mlflow", "neptune", "clearml", "aim")
@@ -50,6 +51,10 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
         stack.enter_context(
             when_imported(
                 {
+                    "transformers.utils.import_utils": _card_is_asked_each_time,
+                    "transformers.generation.utils": lambda module: patch.object(
+                        module.GenerationMixin, "generate", _refuse_generation
+                    ),
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
@@ -87,6 +92,8 @@ def models_of_configs(
         attention = options.get("attn_implementation")
         chosen = {} if attention is None else {"attn_implementation": attention}
         dtype = _dtype(options.get("dtype", options.get("torch_dtype")), config)
+        # the dtype of the configuration would win over the default one
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
         note(f"{name}: built from its configuration, no weights are read")
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -125,7 +132,11 @@ def _refuse_quantised(options: Mapping[str, object]) -> None:
         )
 
 
-def _hub_kernel(name: str, note: Note) -> object:
+def _refuse_generation(*_: object, **__: object) -> object:
+    raise UsageError(GENERATES)
+
+
+def _hub_kernel(name: str, note: Note) -> Any:
     """Return the functions of a kernel of the hub. Raises UsageError for an unknown one."""
     if "flash-attn" not in name and "flash-attention" not in name:
         raise UsageError(
@@ -135,6 +146,17 @@ def _hub_kernel(name: str, note: Note) -> object:
     flash_attn: object = importlib.import_module("flash_attn")
     note(f"{name}: allocates as PyTorch's flash attention")
     return SimpleNamespace(flash_attn_interface=flash_attn, **vars(flash_attn))
+
+
+@contextmanager
+def _card_is_asked_each_time(module: Any) -> Iterator[None]:
+    """Let transformers cache no answer about the card: a library may ask while it is imported."""
+    about_card = ("cuda", "bf16", "fp16", "tf32", "flash_attn")
+    with ExitStack() as stack:
+        for name, function in list(vars(module).items()):
+            if hasattr(function, "cache_info") and any(word in name for word in about_card):
+                stack.enter_context(patch.object(module, name, function.__wrapped__))
+        yield
 
 
 # ---- data loaders ----
@@ -155,6 +177,7 @@ def _longest_samples_first(note: Note) -> Iterator[None]:
         if lengths and isinstance(batch_size, int):
             order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
             heaviest = order[:batch_size]
+            refuse_uncut(_tokens(dataset, order[0]))
             note(
                 f"every batch has the {len(heaviest)} longest samples of {len(lengths):,}, the "
                 f"longest of {lengths[order[0]]:,} tokens"
@@ -172,11 +195,20 @@ def _lengths(dataset: object) -> list[int] | None:
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "select_columns"):
         return None
-    ids = [column for column in columns if column.endswith("input_ids")]
-    if not ids:
+    if not (ids := _columns_of_tokens(columns)):
         return None
     rows = dataset.select_columns(ids).with_format(None)
     return [sum(len(row[column]) for column in ids) for row in rows]
+
+
+def _columns_of_tokens(columns: list[str]) -> list[str]:
+    return [column for column in columns if column.endswith("input_ids")]
+
+
+def _tokens(dataset: Any, place: int) -> list[int]:
+    """Return all tokens of one sample."""
+    row = dataset.with_format(None)[place]
+    return [token for column in _columns_of_tokens(list(row)) for token in row[column]]
 
 
 # ---- what leaves this machine, or stays on it ----
@@ -235,7 +267,7 @@ def _finding(find: Callable[[str], importlib.machinery.ModuleSpec | None]) -> It
 
 def _trackers_do_nothing(note: Note) -> AbstractContextManager[None]:
     def find(name: str) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in _TRACKERS or not _is_imported_by_script():
+        if name.partition(".")[0] not in _TRACKERS or not _is_imported_by_script(or_trainer=True):
             return None
         note(f"{name.partition('.')[0]} does nothing")
         return importlib.machinery.ModuleSpec(name, _AnythingLoader(), is_package=True)
@@ -256,14 +288,19 @@ def _kernel_libraries_refused() -> AbstractContextManager[None]:
     return _finding(find)
 
 
-def _is_imported_by_script() -> bool:
-    """Return whether the innermost import statement that runs is not a library's."""
+def _is_imported_by_script(*, or_trainer: bool = False) -> bool:
+    """Return whether the innermost import statement that runs is not a library's.
+
+    or_trainer: whether a trainer that is installed counts as a script too
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         is_machinery = file.startswith("<frozen") or "importlib" in file or file == __file__
         if not is_machinery and not file.endswith("library_patches.py"):
-            return not LIBRARIES & set(Path(file).parts)
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            is_own = or_trainer and package in OWN_PACKAGES
+            return is_own or not LIBRARIES & set(Path(file).parts)
         frame = frame.f_back
     return False
 
@@ -279,7 +316,13 @@ def _saves_touch_files() -> Iterator[None]:
     with (
         patch.object(torch, "save", touch),
         when_imported(
-            {"safetensors.torch": lambda module: patch.object(module, "serialize_file", touch)}
+            {
+                "safetensors.torch": lambda module: patch.object(module, "serialize_file", touch),
+                # its files are written by Rust, which knows of no scratch directory
+                "transformers.tokenization_utils_base": lambda module: patch.object(
+                    module.PreTrainedTokenizerBase, "save_pretrained", lambda *_, **__: ()
+                ),
+            }
         ),
     ):
         yield
