@@ -25,7 +25,7 @@ from fitune.errors import FituneError, UnexpectedError, UsageError
 from fitune.machine.cards import Device
 from fitune.machine.devices import find_device, this_machine
 from fitune.recorder.child import BOOT
-from fitune.recorder.events import MemoryTrace
+from fitune.recorder.events import ALLOCATOR, MemoryTrace
 from fitune.recorder.recording import RecordedEvents
 from fitune.recorder.transfer import read_recording
 
@@ -196,7 +196,9 @@ def predict_script(
     recorded = record_command(
         read_script_command(words), device, python=python, cwd=cwd, num_steps=num_steps, rows=rows
     )
-    return predict_trace(recorded, PredictSettings(device=device))
+    settings = [each for each in recorded.source if each.startswith(ALLOCATOR)]
+    allocator = settings[0].removeprefix(ALLOCATOR) if settings else ""
+    return predict_trace(recorded, PredictSettings(device=device, allocator=allocator))
 
 
 def card_of(gpu: str | None) -> Device:

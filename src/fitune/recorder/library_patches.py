@@ -26,7 +26,10 @@ def is_library_import() -> bool:
     # code of fitune calls what is recorded
     while frame is not None and not _is_of_fitune(frame):
         code = frame.f_code
-        if code.co_name == "<module>" and LIBRARIES & set(Path(code.co_filename).parts):
+        is_installed = LIBRARIES & set(Path(code.co_filename).parts)
+        # a package may run a file of its own as the script, as the recipes of torchtune are
+        is_script = frame.f_globals.get("__name__") == "__main__"
+        if code.co_name == "<module>" and is_installed and not is_script:
             return True
         frame = frame.f_back
     return False
