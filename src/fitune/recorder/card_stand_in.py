@@ -189,7 +189,7 @@ _REAL_DEVICE = torch.device
 _parse_to_of_torch = torch._C._nn._parse_to
 
 
-def _parse_to(*args: object, **kwargs: object) -> object:
+def _parse_to(*args: Any, **kwargs: Any) -> object:
     """Read the arguments of Module.to, which makes a device of a name, with "cpu" for the host."""
     args = tuple(HOST if isinstance(each, str) and each == "cpu" else each for each in args)
     if kwargs.get("device") == "cpu":

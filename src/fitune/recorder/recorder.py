@@ -401,8 +401,7 @@ class Recorder(TorchDispatchMode):
     ) -> RecordedStorage | None:
         """Return the record of the tensor's storage, and make one if the storage is new.
 
-        Returns None for empty storages, those in host memory, and those of meta tensors, which have
-        no memory.
+        Returns None for storages that are empty, in host memory, or of meta tensors.
         """
         untyped = tensor.untyped_storage()
         key, num_bytes = untyped._cdata, untyped.nbytes()

@@ -134,7 +134,7 @@ def _metrics_of_hub(evaluate: Any, note: Note) -> AbstractContextManager[Any]:
     """Let evaluate.load return a metric that does nothing where the metric is not here."""
     load = evaluate.load
 
-    def load_or_nothing(path: str, *arguments: Any, **options: Any) -> Any:
+    def load_or_nothing(path: str, *arguments: object, **options: object) -> object:
         try:
             return load(path, *arguments, **options)
         except (OSError, ConnectionError):
@@ -144,7 +144,7 @@ def _metrics_of_hub(evaluate: Any, note: Note) -> AbstractContextManager[Any]:
     return patch.object(evaluate, "load", load_or_nothing)
 
 
-def _hub_kernel(name: str, note: Note) -> Any:
+def _hub_kernel(name: str, note: Note) -> object:
     """Return the functions of a kernel of the hub. Raises UsageError for an unknown one."""
     if "flash-attn" not in name and "flash-attention" not in name:
         raise UsageError(
