@@ -183,7 +183,7 @@ def _save_nothing(saved: object, *_: object, **__: object) -> object:
 _NO_WORKERS = {"num_workers": 0, "pin_memory": False, "timeout": 0}
 
 
-def _in_this_process(loader: Any, begin: Callable[[Any], object]) -> object:
+def _in_this_process(loader: Any, begin: Callable[..., object]) -> object:
     """Return an iterator without workers; libraries have loaders with iterators of their own."""
     before = {name: getattr(loader, name) for name in _NO_WORKERS}
     vars(loader).update(_NO_WORKERS)

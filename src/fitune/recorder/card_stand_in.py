@@ -155,7 +155,7 @@ class Placement(TorchFunctionMode):
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor)
 
 
-def _first_tensor(data: Any) -> FakeTensor | None:
+def _first_tensor(data: object) -> FakeTensor | None:
     """Return the first number of nested lists if it is a tensor; data itself is no list then."""
     first = data
     while isinstance(first, (list, tuple)) and first:
@@ -186,10 +186,10 @@ class _DeviceOfLoop(type):
 
 
 _REAL_DEVICE = torch.device
-_parse_to_of_torch = torch._C._nn._parse_to
+_parse_to_of_torch: Callable[..., object] = torch._C._nn._parse_to
 
 
-def _parse_to(*args: Any, **kwargs: Any) -> object:
+def _parse_to(*args: object, **kwargs: object) -> object:
     """Read the arguments of Module.to, which makes a device of a name, with "cpu" for the host."""
     args = tuple(HOST if isinstance(each, str) and each == "cpu" else each for each in args)
     if kwargs.get("device") == "cpu":

@@ -10,7 +10,7 @@ import runpy
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +89,10 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
             if files.written:
                 notes.append("what the script saves is not kept")
             models = ends.models.values()
-            parameters = [each for model in models for each in model.parameters()]
-            if parameters and all(map(recorder.is_on_host, parameters)):
-                raise UsageError(
-                    "the script trains on the processor: none of its parameters is on the card; "
-                    "give it the argument by which it takes a card, such as --device cuda"
-                )
+            _refuse_processor(recorder, models)
             if compiled or any(is_compiled(model) for model in models):
                 notes.append(COMPILED)
-            if allocator := _allocator_settings():
-                notes.append(f"{ALLOCATOR}{allocator}")
+            notes += _allocator_settings()
             done(
                 recorder.recording(
                     (
@@ -146,18 +140,28 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
             raise UsageError(
                 f"{_shown(settings)} ended after {ends.num_forwards} forward passes without an "
                 "optimizer.step() of torch.optim, by which fitune sees where a training step ends"
-                f"{_of_workers(workers.num_started)}"
+                + _of_workers(workers.num_started)
             )
         ends.end()
         hand_over()
 
 
-def _allocator_settings() -> str:
-    """Return what PyTorch's allocator reads from the environment, which the script may have set."""
+def _refuse_processor(recorder: Recorder, models: Iterable[nn.Module]) -> None:
+    """Raise UsageError if all parameters are in host memory."""
+    parameters = [each for model in models for each in model.parameters()]
+    if parameters and all(map(recorder.is_on_host, parameters)):
+        raise UsageError(
+            "the script trains on the processor: none of its parameters is on the card; give it "
+            "the argument by which it takes a card, such as --device cuda"
+        )
+
+
+def _allocator_settings() -> list[str]:
+    """Say what PyTorch's allocator reads from the environment, which the script may have set."""
     # before PyTorch 2.9 there was the older name alone
     has_new_name = hasattr(torch._C, "_accelerator_setAllocatorSettings")
     names = (*(["PYTORCH_ALLOC_CONF"] if has_new_name else []), "PYTORCH_CUDA_ALLOC_CONF")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return [f"{ALLOCATOR}{os.environ[name]}" for name in names if os.environ.get(name)][:1]
 
 
 def _of_workers(number: int) -> str:

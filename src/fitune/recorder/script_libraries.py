@@ -130,7 +130,7 @@ def _refuse_quantised(options: Mapping[str, object]) -> None:
         )
 
 
-def _metrics_of_hub(evaluate: Any, note: Note) -> AbstractContextManager[Any]:
+def _metrics_of_hub(evaluate: ModuleType, note: Note) -> AbstractContextManager[object]:
     """Let evaluate.load return a metric that does nothing where the metric is not here."""
     load = evaluate.load
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -36,13 +36,13 @@ def weight_files(put: Put) -> Iterator[None]:
             content = load(file, "cpu", *args, **options)
         return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)
 
-    rebuild: Any = torch._utils._rebuild_tensor
+    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor
 
-    def rebuild_on_host(storage: Any, *args: Any) -> Tensor:
+    def rebuild_on_host(storage: torch.TypedStorage, *args: object) -> Tensor:
         # what a script unpickles by itself, such as a checkpoint of which it reads one tensor at a
         # time, has its data; a fake tensor cannot take them
         with nullcontext() if storage.device.type == "meta" else on_host():
-            return cast(Tensor, rebuild(storage, *args))
+            return rebuild(storage, *args)
 
     with (
         patch.object(torch, "load", load_on_host),

@@ -7,7 +7,7 @@ as copies of this one, whose files are redirected, and compute on real tensors.
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -47,7 +47,7 @@ class Workers:
         torch.set_num_threads(1)
         self._of_worker.enter_context(on_host())
 
-    def _fork(self, context: Any) -> AbstractContextManager[Any]:
+    def _fork(self, context: ModuleType) -> AbstractContextManager[object]:
         fork = context.ForkProcess._Popen
 
         def start(process: object) -> object:
