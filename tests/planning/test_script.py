@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
@@ -147,6 +149,19 @@ REFUSED = {
         "load_dataset('json', data_files='a.jsonl', split='train')[0]['gt']",
         r"a.jsonl is not here, and the script asks its samples for 'gt', .*put a file",
     ),
+    "processor": (
+        STEP.replace("'cuda'", "'cpu'").replace('"cuda"', '"cpu"'),
+        "trains on the processor: none of its parameters is on the card",
+    ),
+    "workers": (
+        "import multiprocessing as m\nw = m.get_context('spawn').Process(target=print)\n"
+        "w.start()\nw.join()",
+        "ended after 0 forward passes .*; it started 1 processes by multiprocessing",
+    ),
+    "library": (
+        "import json, numpy\nnumpy.ones(2).reshape(3)\nnumpy.linalg.inv(numpy.ones(2))",
+        "stopped at own.py:2 before",
+    ),
     "quantised": (
         "from transformers import LlamaForCausalLM\n"
         "LlamaForCausalLM.from_pretrained('x', load_in_4bit=True)",
@@ -253,6 +268,83 @@ def test_the_passes_of_a_reference_model_count_in_every_step(place: Path) -> Non
     held = found.step_peaks[-1].allocated_bytes - 2 * 64 * 2**18 * 4
     assert held > hidden_bytes
     assert found.step_peaks[1] == replace(found.step_peaks[3], step=2)
+
+
+LIBRARY = """
+import pickle, torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1024, 1024)
+
+    def forward(self, x):
+        # an attribute of the constructor's device, as tables of angles are made
+        return self.linear(x) * torch.tensor([t for t in torch.ones(2)])[0]
+
+
+class Loader(DataLoader):  # litdata's has iterators of its own
+    def _get_iterator(self):
+        kind = _MultiProcessingDataLoaderIter if self.num_workers else _SingleProcessDataLoaderIter
+        return kind(self)
+
+
+def prepare(path):
+    # a worker computes on real tensors, and its file is found again
+    torch.save(torch.nn.Linear(1024, 1024).state_dict(), path)
+
+
+if __name__ == "__main__":
+    context = torch.multiprocessing.get_context("spawn")
+    worker = context.Process(target=prepare, args=("prepared.pt",))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    with open("own.pkl", "rb") as file:
+        weights = pickle.load(file)
+    with torch.device("meta"):
+        estimate = Model()
+        estimate(torch.ones(4, 1024)).sum().backward()
+        model = Model()
+    model.to_empty(device="cuda")
+    model.load_state_dict(state_dict=weights)
+    model.load_state_dict(state_dict=torch.load("absent.pt"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x in Loader(torch.ones(64, 1024), batch_size=4, num_workers=2):
+        model(x.to("cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def test_what_libraries_do_beside_the_training_takes_nothing_of_the_card(place: Path) -> None:
+    """Meta models, checkpoints that are unpickled, workers and loaders with iterators of their own."""
+    state = {
+        "linear." + name: each for name, each in torch.nn.Linear(1024, 1024).state_dict().items()
+    }
+    (place / "own.pkl").write_bytes(pickle.dumps(state))
+    found = predict(place, write(place, LIBRARY))
+    parameters = 4 * (1024 * 1024 + 1024)
+    assert found.categories["parameter"] == parameters
+    assert (
+        2 * parameters
+        < found.peak_allocated_bytes - found.categories["workspace"]
+        < 2.1 * parameters
+    )
+    assert not (place / "prepared.pt").exists()
+
+
+def test_the_allocator_is_set_as_the_script_sets_it(place: Path) -> None:
+    setting = "import os\nos.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'\n"
+    step = STEP.replace("64, 64)", "64, 2**16)").replace("ones(8, 64", "ones(2**10, 64")
+    usual = predict(place, write(place, step))
+    expandable = predict(place, write(place, setting + step))
+    assert expandable.peak_allocated_bytes == usual.peak_allocated_bytes
+    assert expandable.peak_reserved_bytes != usual.peak_reserved_bytes
+    assert "allocator settings: expandable_segments:True" in expandable.assumptions
 
 
 def test_an_interpreter_without_torch_is_named(place: Path, tmp_path: Path) -> None:

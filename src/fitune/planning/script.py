@@ -26,7 +26,7 @@ from fitune.machine.cards import Device
 from fitune.machine.devices import find_device, this_machine
 from fitune.planning.launchers import LAUNCHER_MODULES, LAUNCHERS, after_launcher
 from fitune.recorder.child import BOOT
-from fitune.recorder.events import MemoryTrace
+from fitune.recorder.events import ALLOCATOR, MemoryTrace
 from fitune.recorder.recording import RecordedEvents
 from fitune.recorder.transfer import read_recording
 
@@ -171,7 +171,9 @@ def predict_script(
     recorded = record_command(
         read_script_command(words), device, python=python, cwd=cwd, num_steps=num_steps, rows=rows
     )
-    return predict_trace(recorded, PredictSettings(device=device))
+    settings = [each for each in recorded.source if each.startswith(ALLOCATOR)]
+    allocator = settings[0].removeprefix(ALLOCATOR) if settings else ""
+    return predict_trace(recorded, PredictSettings(device=device, allocator=allocator))
 
 
 def card_of(gpu: str | None) -> Device:

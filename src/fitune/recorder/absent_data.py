@@ -195,14 +195,14 @@ def _weights(note: Note) -> Iterator[None]:
             return AbsentWeights()
         return load(file, *arguments, **options)
 
-    def load_module(self: nn.Module, state: Any, *arguments: Any, **options: Any) -> object:
-        if isinstance(state, AbsentWeights):
+    def load_module(self: nn.Module, state_dict: Any, *arguments: Any, **options: Any) -> object:
+        if isinstance(state_dict, AbsentWeights):
             return nn.modules.module._IncompatibleKeys([], [])
-        return load_into_module(self, state, *arguments, **options)
+        return load_into_module(self, state_dict, *arguments, **options)
 
-    def load_optimizer(self: torch.optim.Optimizer, state: Any) -> None:
-        if not isinstance(state, AbsentWeights):
-            load_into_optimizer(self, state)
+    def load_optimizer(self: torch.optim.Optimizer, state_dict: Any) -> None:
+        if not isinstance(state_dict, AbsentWeights):
+            load_into_optimizer(self, state_dict)
 
     with (
         patch.object(torch, "load", load_or_absent),

@@ -9,7 +9,7 @@ processes is not on the card.
 import _thread
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from fitune.recorder.known_data import data_of, known_array
 from fitune.recorder.library_patches import when_imported
@@ -58,7 +57,10 @@ def as_real() -> Iterator[None]:
         stack.enter_context(pin)
         stack.enter_context(when_imported({"safetensors.torch": _saves_nothing}))
         stack.enter_context(weight_files(_on_device))
-        stack.enter_context(patch.object(DataLoader, "_get_iterator", _in_this_process))
+        begin = DataLoader.__iter__
+        stack.enter_context(
+            patch.object(DataLoader, "__iter__", lambda loader: _in_this_process(loader, begin))
+        )
         yield
 
 
@@ -177,10 +179,15 @@ def _save_nothing(saved: object, *_: object, **__: object) -> object:
     return saved
 
 
-def _in_this_process(loader: Any) -> object:
-    workers, pins = loader.num_workers, loader.pin_memory
-    loader.num_workers, loader.pin_memory = 0, False
+#: What a loader has for worker processes -> its value without any
+_NO_WORKERS = {"num_workers": 0, "pin_memory": False, "timeout": 0}
+
+
+def _in_this_process(loader: Any, begin: Callable[..., object]) -> object:
+    """Return an iterator without workers; libraries have loaders with iterators of their own."""
+    before = {name: getattr(loader, name) for name in _NO_WORKERS}
+    vars(loader).update(_NO_WORKERS)
     try:
-        return _SingleProcessDataLoaderIter(loader)
+        return begin(loader)
     finally:
-        loader.num_workers, loader.pin_memory = workers, pins
+        vars(loader).update(before)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_map_only
 
 from fitune.errors import UsageError
 from fitune.recorder.known_data import set_factory_data
@@ -37,6 +38,8 @@ CARD = torch.device("cpu")
 REPORTED_CARD = torch.device("cuda", 0)
 #: The device that a loop gets if it makes a device "cpu"
 HOST = torch.device("cpu", 0)
+#: Tensors on this device have no memory, on the card or on the host
+_META = torch.device("meta")
 
 
 class Placement(TorchFunctionMode):
@@ -84,6 +87,8 @@ class Placement(TorchFunctionMode):
         device of the recording. So does every caller inside of an operator and in hooks of the
         backward, where no mode would translate the device back.
         """
+        if tensor.fake_device == _META:
+            return _META
         if not torch._C._len_torch_function_stack() or _is_of_torch(sys._getframe(1)):
             return (
                 torch.device("meta")
@@ -108,10 +113,14 @@ class Placement(TorchFunctionMode):
     def _make(self, func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         device = kwargs.get("device")
         kwargs = {**kwargs, "device": as_cpu(device)} if device is not None else kwargs
+        if func in _FROM_NUMBERS and args and (numbers := _first_tensor(args[0])) is not None:
+            # torch reads each tensor of a list in its memory
+            kwargs = {"dtype": numbers.dtype, **kwargs}
+            args = (tree_map_only(FakeTensor, lambda each: each.tolist(), args[0]), *args[1:])
         place: Place = "card" if _is_card(device) else "host"
         with self._recorder.placing(place):
             made = func(*args, **kwargs)
-        if place == "host":
+        if place == "host" and not _is_meta(device):
             set_factory_data(made, func, args, kwargs)
         return made
 
@@ -143,6 +152,17 @@ class Placement(TorchFunctionMode):
             return tensor.clone()
 
 
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor)
+
+
+def _first_tensor(data: object) -> FakeTensor | None:
+    """Return the first number of nested lists if it is a tensor; data itself is no list then."""
+    first = data
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return first if first is not data and isinstance(first, FakeTensor) else None
+
+
 _DEVICE_QUERIES = (Tensor.is_cuda.__get__, Tensor.get_device)  # type: ignore[attr-defined]
 
 
@@ -169,6 +189,15 @@ class _DeviceOfLoop(type):
 
 
 _REAL_DEVICE = torch.device
+_parse_to_of_torch: Callable[..., object] = torch._C._nn._parse_to
+
+
+def _parse_to(*args: object, **kwargs: object) -> object:
+    """Read the arguments of Module.to, which makes a device of a name, with "cpu" for the host."""
+    args = tuple(HOST if isinstance(each, str) and each == "cpu" else each for each in args)
+    if kwargs.get("device") == "cpu":
+        kwargs = {**kwargs, "device": HOST}
+    return _parse_to_of_torch(*args, **kwargs)
 
 
 def _is_card(device: object) -> bool:
@@ -176,11 +205,18 @@ def _is_card(device: object) -> bool:
         device is not None
         and device != HOST
         and not (isinstance(device, str) and device.startswith("cpu"))
+        and not _is_meta(device)
     )
+
+
+def _is_meta(device: object) -> bool:
+    return device in ("meta", _META)
 
 
 def as_cpu(value: object) -> Any:
     """Return `CARD` for any spelling of a CUDA device, and any other value unchanged."""
+    if _is_meta(value):
+        return value
     if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
     return CARD if isinstance(value, int) and not isinstance(value, bool) else value
@@ -262,6 +298,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
         stack.enter_context(patch.object(FakeTensor, "device", property(placement.reported_device)))
         stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
+        stack.enter_context(patch.object(torch._C._nn, "_parse_to", _parse_to))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(_default_device(placement))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))

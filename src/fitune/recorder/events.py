@@ -76,6 +76,8 @@ COMPILED = (
     "torch.compile is not predicted: the bytes are those without it, an upper bound (published "
     "measurements lie 7 to 15 % lower, those of one script by half)"
 )
+#: The beginning of the line of `MemoryTrace.source` with a script's own PYTORCH_ALLOC_CONF.
+ALLOCATOR = "allocator settings: "
 #: The beginning of the line of `MemoryTrace.source` on the versions that were recorded.
 VERSIONS = "predicted for torch "
 

@@ -438,10 +438,14 @@ def _convert_in_place(
     if recurse:
         for child in module.children():
             child._apply(convert)
-    for parameter in module._parameters.values():
+    for name, parameter in module._parameters.items():
         if parameter is not None:
             with torch.no_grad():
-                if (converted := convert(parameter)) is not parameter:
+                converted = convert(parameter)
+                if parameter.is_meta and not converted.is_meta:
+                    # it cannot take memory, and is replaced as in Module._apply
+                    module._parameters[name] = nn.Parameter(converted, parameter.requires_grad)
+                elif converted is not parameter:
                     parameter.data = converted
                 if parameter.grad is not None:
                     parameter.grad = convert(parameter.grad)

@@ -401,7 +401,7 @@ class Recorder(TorchDispatchMode):
     ) -> RecordedStorage | None:
         """Return the record of the tensor's storage, and make one if the storage is new.
 
-        Returns None for empty storages and those in host memory.
+        Returns None for storages that are empty, in host memory, or of meta tensors.
         """
         untyped = tensor.untyped_storage()
         key, num_bytes = untyped._cdata, untyped.nbytes()
@@ -414,6 +414,9 @@ class Recorder(TorchDispatchMode):
         elif key in self._host:
             return None
         if not num_bytes:
+            return None
+        if isinstance(tensor, FakeTensor) and tensor.fake_device.type == "meta":
+            self._put_on_host(untyped)
             return None
         storage = self.allocate(num_bytes, None, op, module=module)
         if known is not None:

@@ -11,7 +11,7 @@ import runpy
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from fitune.recorder.assumptions import Assumptions
 from fitune.recorder.card_stand_in import card_stands_in
 from fitune.recorder.cuda_behaviour import CudaKernels
 from fitune.recorder.cuda_target import CudaTarget
-from fitune.recorder.events import COMPILED
+from fitune.recorder.events import ALLOCATOR, COMPILED
 from fitune.recorder.failures import explained
 from fitune.recorder.known_data import forget_data
 from fitune.recorder.launches import Follow, launches_followed
@@ -44,6 +44,7 @@ from fitune.recorder.scratch_files import ScratchFiles
 from fitune.recorder.script_libraries import script_libraries
 from fitune.recorder.shape_cache import ShapeMemory
 from fitune.recorder.step_ends import EnoughStepsError, StepEnds
+from fitune.recorder.worker_processes import Workers
 
 #: Passes of a step without gradients on inputs of the same shapes that are recorded; the others
 #: change nothing in the allocator
@@ -84,7 +85,7 @@ def record_script(
     patience, shapes = Patience(), ShapeMemory()
     assumptions = Assumptions("balanced", shapes, patience)
     recorder = Recorder(CudaKernels(settings.target, assumptions.call))
-    files = ScratchFiles(settings.scratch)
+    files, workers = ScratchFiles(settings.scratch), Workers()
     with ExitStack() as stack:
         compiled = stack.enter_context(process_as_recorded(settings.target, patience))
 
@@ -93,8 +94,10 @@ def record_script(
             if files.written:
                 notes.append("what the script saves is not kept")
             models = ends.models.values()
+            _refuse_processor(recorder, models)
             if compiled or any(is_compiled(model) for model in models):
                 notes.append(COMPILED)
+            notes += _allocator_settings()
             done(
                 recorder.recording(
                     (
@@ -127,6 +130,7 @@ def record_script(
         stack.enter_context(own_packages("__main__", *_package(settings)))
         stack.enter_context(launches_followed(follow))
         stack.enter_context(files.redirected())
+        stack.enter_context(workers.forked())
         files.refuse_others()
         try:
             with explained("the script", lambda: bool(assumptions.used)):
@@ -143,9 +147,34 @@ def record_script(
             raise UsageError(
                 f"{_shown(settings)} ended after {ends.num_forwards} forward passes without an "
                 "optimizer.step() of torch.optim, by which fitune sees where a training step ends"
+                + _of_workers(workers.num_started)
             )
         ends.end()
         hand_over()
+
+
+def _refuse_processor(recorder: Recorder, models: Iterable[nn.Module]) -> None:
+    """Raise UsageError if all parameters are in host memory."""
+    parameters = [each for model in models for each in model.parameters()]
+    if parameters and all(map(recorder.is_on_host, parameters)):
+        raise UsageError(
+            "the script trains on the processor: none of its parameters is on the card; give it "
+            "the argument by which it takes a card, such as --device cuda"
+        )
+
+
+def _allocator_settings() -> list[str]:
+    """Say what PyTorch's allocator reads from the environment, which the script may have set."""
+    # before PyTorch 2.9 there was the older name alone
+    has_new_name = hasattr(torch._C, "_accelerator_setAllocatorSettings")
+    names = (*(["PYTORCH_ALLOC_CONF"] if has_new_name else []), "PYTORCH_CUDA_ALLOC_CONF")
+    return [f"{ALLOCATOR}{os.environ[name]}" for name in names if os.environ.get(name)][:1]
+
+
+def _of_workers(number: int) -> str:
+    if not number:
+        return ""
+    return f"; it started {number} processes by multiprocessing, whose steps are not seen"
 
 
 def _run(settings: ScriptSettings) -> None:
@@ -182,6 +211,8 @@ def _failure(error: BaseException, settings: ScriptSettings) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _is_own(Path(frame.filename))]
     place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else _shown(settings)
+    if within := _place_in_libraries(frames):
+        place += f" (in {within})"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return (
             f"the script needs {error.filename} at {place}, which is not here: give --cwd the "
@@ -193,6 +224,22 @@ def _failure(error: BaseException, settings: ScriptSettings) -> str:
         "without fitune to see whether its arguments and files are right, and with FITUNE_DEBUG=1 "
         "for all that it printed"
     )
+
+
+def _place_in_libraries(frames: Sequence[traceback.FrameSummary]) -> str | None:
+    """Return the line of a library that the script's own code called, without PyTorch's.
+
+    The command of a package is no more than a call of that package.
+    """
+    for frame in reversed(frames):
+        file = Path(frame.filename)
+        if _is_own(file):
+            return None
+        if directories := LIBRARIES & set(file.parts):
+            inside = file.parts[file.parts.index(directories.pop()) + 1 :]
+            if inside[0] != "torch":
+                return f"{'/'.join(inside)}:{frame.lineno}"
+    return None
 
 
 #: Python's own modules, and fitune's

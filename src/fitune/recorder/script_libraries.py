@@ -32,6 +32,9 @@ _REFUSED = {
     "megatron": "Megatron's kernels",
     "transformer_engine": "Transformer Engine's kernels",
 }
+#: What PyTorch's present releases are built for
+_CUDA_VERSION = "13.0"
+_NCCL_VERSION = (2, 28, 9)
 
 
 @contextmanager
@@ -46,6 +49,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
         stack.enter_context(_kernel_libraries_refused())
         stack.enter_context(_saves_touch_files())
         stack.enter_context(_one_process())
+        stack.enter_context(_built_for_cuda())
         if longest:
             stack.enter_context(_longest_samples_first(note))
         stack.enter_context(
@@ -56,6 +60,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
                         module.GenerationMixin, "generate", _refuse_generation
                     ),
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
+                    "evaluate": lambda module: _metrics_of_hub(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
                     ),
@@ -136,7 +141,21 @@ def _refuse_generation(*_: object, **__: object) -> object:
     raise UsageError(GENERATES)
 
 
-def _hub_kernel(name: str, note: Note) -> Any:
+def _metrics_of_hub(evaluate: ModuleType, note: Note) -> AbstractContextManager[object]:
+    """Let evaluate.load return a metric that does nothing where the metric is not here."""
+    load = evaluate.load
+
+    def load_or_nothing(path: str, *arguments: object, **options: object) -> object:
+        try:
+            return load(path, *arguments, **options)
+        except (OSError, ConnectionError):
+            note(f"the metric {path}, which is not here, is not computed")
+            return _Anything(path)
+
+    return patch.object(evaluate, "load", load_or_nothing)
+
+
+def _hub_kernel(name: str, note: Note) -> object:
     """Return the functions of a kernel of the hub. Raises UsageError for an unknown one."""
     if "flash-attn" not in name and "flash-attention" not in name:
         raise UsageError(
@@ -325,6 +344,21 @@ def _saves_touch_files() -> Iterator[None]:
             }
         ),
     ):
+        yield
+
+
+@contextmanager
+def _built_for_cuda() -> Iterator[None]:
+    """Let a PyTorch that is built for the processor alone pass as one for CUDA.
+
+    Trainers look for it before they take bfloat16.
+    """
+    with ExitStack() as stack:
+        if torch.version.cuda is None:
+            stack.enter_context(patch.object(torch.version, "cuda", _CUDA_VERSION))
+            stack.enter_context(patch.object(torch.cuda.nccl, "version", lambda: _NCCL_VERSION))
+        if torch.distributed.is_available():
+            stack.enter_context(patch.object(torch.distributed, "is_nccl_available", lambda: True))
         yield
 
 

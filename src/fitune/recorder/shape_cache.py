@@ -160,12 +160,13 @@ class ShapeMemory:
 def _key(values: Any) -> list[object]:
     """Return what the result of a call depends on.
 
-    Raises _CannotRememberError for real tensors, and for fake ones with a known value.
+    Raises _CannotRememberError for real tensors, and for fake ones with a known value or on the meta
+    device.
     """
     key: list[object] = []
     for value in values:
         if isinstance(value, FakeTensor):
-            if value.constant is not None:
+            if value.constant is not None or value.fake_device.type == "meta":
                 raise _CannotRememberError
             stride = value.stride()
             # the bytes that a broadcast tensor really holds

@@ -6,7 +6,7 @@ tensors go.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -36,8 +36,17 @@ def weight_files(put: Put) -> Iterator[None]:
             content = load(file, "cpu", *args, **options)
         return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)
 
+    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor
+
+    def rebuild_on_host(storage: torch.TypedStorage, *args: object) -> Tensor:
+        # what a script unpickles by itself, such as a checkpoint of which it reads one tensor at a
+        # time, has its data; a fake tensor cannot take them
+        with nullcontext() if storage.device.type == "meta" else on_host():
+            return rebuild(storage, *args)
+
     with (
         patch.object(torch, "load", load_on_host),
+        patch.object(torch._utils, "_rebuild_tensor", rebuild_on_host),
         when_imported({"safetensors": partial(_reads_to_host, put)}),
     ):
         yield
