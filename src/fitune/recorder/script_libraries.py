@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -56,9 +57,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
             when_imported(
                 {
                     "transformers.utils.import_utils": _card_is_asked_each_time,
-                    "transformers.generation.utils": lambda module: patch.object(
-                        module.GenerationMixin, "generate", _refuse_generation
-                    ),
+                    "transformers.generation.utils": _generation_of_trainers,
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
                     "evaluate": lambda module: _metrics_of_hub(module, note),
                     "kernels": lambda module: patch.object(
@@ -137,8 +136,21 @@ def _refuse_quantised(options: Mapping[str, object]) -> None:
         )
 
 
-def _refuse_generation(*_: object, **__: object) -> object:
-    raise UsageError(GENERATES)
+def _generation_of_trainers(module: ModuleType) -> AbstractContextManager[object]:
+    """Refuse what trainers of TRL generate to train on; other generation ends at its length."""
+    generate = module.GenerationMixin.generate
+
+    def of_script(model: object, *arguments: object, **options: object) -> object:
+        packages = (
+            str(frame.f_globals.get("__name__")).partition(".")[0]
+            for frame, _ in traceback.walk_stack(sys._getframe(1))
+        )
+        # peft and torch pass the call of a wrapped model on
+        if next(package for package in packages if package not in ("peft", "torch")) == "trl":
+            raise UsageError(GENERATES)
+        return generate(model, *arguments, **options)
+
+    return patch.object(module.GenerationMixin, "generate", of_script)
 
 
 def _metrics_of_hub(evaluate: ModuleType, note: Note) -> AbstractContextManager[object]:
