@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.batch_size.scaling import OptimSettings, gain, rate_factor, scale
+from fitune.batch_size.scaling import OptimSettings, configured_lr, gain, rate_factor, scale
+from fitune.config import OptimConfig
 
 REFERENCE = OptimSettings(lr=3e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=1.0)
 
@@ -156,3 +157,10 @@ def test_where_there_is_no_noise_the_square_root_is_too_slow_and_the_gain_says_s
     """The regime gate: with rho far below 1 a larger batch carries no more signal, so its rate is not raised."""
     assert rate_factor("sqrt_gain", 16, rho=0.04) == pytest.approx(1.02, abs=0.005)
     assert rate_factor("sqrt", 16, rho=0.04) == 4
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_rate_of_preferences_is_a_twentieth_where_none_is_given(method: str) -> None:
+    of_sft, of_dpo = (configured_lr(OptimConfig(), method, name) for name in ("sft", "dpo"))  # type: ignore[arg-type]
+    assert of_dpo == pytest.approx(of_sft / 20)
+    assert configured_lr(OptimConfig(lr=3e-6), "lora", "dpo") == 3e-6

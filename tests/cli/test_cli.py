@@ -339,10 +339,10 @@ def test_a_rate_that_was_surely_not_meant_is_said(lr: float, method: str, is_sai
     config = read_config(
         None, ["model.source=m", "data.train=a", f"optim.lr={lr}", f"model.method={method}"]
     ).config
-    assert (unusual_rate(config.optim, config.model.method) is not None) == is_said
+    assert (unusual_rate(config.optim) is not None) == is_said
 
 
 def test_it_is_said_in_chinese_where_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_LANG", "zh")
     config = read_config(None, ["model.source=m", "data.train=a", "optim.lr=3"]).config
-    assert "optim.lr 3 远高于" in str(unusual_rate(config.optim, config.model.method))
+    assert "optim.lr 3 远高于" in str(unusual_rate(config.optim))

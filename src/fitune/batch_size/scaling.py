@@ -16,12 +16,14 @@ noisy gradient is smaller.
 import math
 from dataclasses import asdict, dataclass, replace
 
-from fitune.config import Method, OptimConfig, Scaling
+from fitune.config import Method, ObjectiveName, OptimConfig, Scaling
 from fitune.optimizers.table import OPTIMIZERS
 
 #: LoRA needs about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without
 #: Regret").
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+#: Losses of preferences move a trained model a little: TRL's DPOConfig has 1e-6 for full training.
+PREFERENCE_LR_FACTOR = 0.05
 #: The rate changes by at most this factor if the noise was not measured.
 MOST_UNMEASURED = 2.0
 #: If beta1 averages over more than this fraction of the remaining steps, it is scaled too.
@@ -40,9 +42,11 @@ class OptimSettings:
     clip: float
 
 
-def configured_lr(optim: OptimConfig, method: Method) -> float:
-    """Return optim.lr, for which auto is a default of the method."""
-    return DEFAULT_LR[method] if optim.lr == "auto" else optim.lr
+def configured_lr(optim: OptimConfig, method: Method, objective: ObjectiveName) -> float:
+    """Return optim.lr, for which auto is a default of the method and the objective."""
+    if optim.lr != "auto":
+        return optim.lr
+    return DEFAULT_LR[method] * (1 if objective == "sft" else PREFERENCE_LR_FACTOR)
 
 
 def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:

@@ -135,7 +135,7 @@ def plan(
     words, flags, given = _accept_model(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
     check_source(config.model.source)
-    if (message := unusual_rate(config.optim, config.model.method)) is not None:
+    if (message := unusual_rate(config.optim)) is not None:
         warn(message)
     if splits is not None:
         compare_splits(config, splits, output_format)

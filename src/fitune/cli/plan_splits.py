@@ -16,7 +16,7 @@ from fitune.batch_size.scaling import (
 )
 from fitune.cli.output import console, print_json, table
 from fitune.cli.plan_table import fits_text, tokens_per_second
-from fitune.config import Method, OptimConfig, RunConfig
+from fitune.config import OptimConfig, RunConfig
 from fitune.errors import UsageError
 from fitune.language import say, translated
 from fitune.planning.plan import Candidate, Plan, closest, plan_json
@@ -42,9 +42,10 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
         f">{say('tok/s')}",
     )
     screen.print(table(columns, [_row(plan) for plan in plans]))
+    lr = configured_lr(config.optim, config.model.method, config.objective)
     for message in (
         *_equal_batch_notes(plans),
-        *_rate_notes(plans, config.optim, config.model.method),
+        *_rate_notes(plans, config.optim, lr),
     ):
         screen.print(message, soft_wrap=True)
 
@@ -111,14 +112,13 @@ def _equal_batch_notes(plans: list[Plan]) -> Iterator[str]:
             )
 
 
-def _rate_notes(plans: list[Plan], optim: OptimConfig, method: Method) -> Iterator[str]:
+def _rate_notes(plans: list[Plan], optim: OptimConfig, lr: float) -> Iterator[str]:
     """Yield the learning rate for each batch other than the one that the rate was chosen for.
 
     Another batch size is a different training and needs another rate (docs/batch_size.md).
     optim.scaling gives the rate if optim.reference_batch is set. Otherwise the batch of the first
     split is the reference.
     """
-    lr = configured_lr(optim, method)
     reference = optim.reference_batch or plans[0].data["effective_batch"]
     for batch in sorted({plan.data["effective_batch"] for plan in plans} - {reference}):
         if optim.reference_batch is not None:

@@ -321,7 +321,9 @@ class OptimConfig(Section):
     name: OptimizerName = Field(
         "adamw", description="the optimizer; adamw_host keeps its state in the host's memory"
     )
-    lr: Rate | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
+    lr: Rate | Auto = Field(
+        "auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA; of preferences a twentieth"
+    )
     betas: tuple[BelowOne, BelowOne] = Field(
         (0.9, 0.999), description="how long AdamW averages gradients and their squares"
     )

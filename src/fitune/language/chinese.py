@@ -45,6 +45,7 @@ _PLAN: dict[str, str] = {
     "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, 8-bit)": "--all 预测并显示所有设置，包括会改变结果的（LoRA、QLoRA、8-bit）",
     "these are {shown} of {total} candidates: Plan.candidates holds all": "这里是 {total} 个候选中的 {shown} 个：全部在 Plan.candidates 里",
     "Plan: {split}, gradient checkpointing {recompute}: {needed} of {budget}; {number} candidates": "规划：{split}，梯度检查点 {recompute}：需要 {needed}，上限 {budget}；共 {number} 个候选",
+    "twice data.max_length, as a pair has two answers": "data.max_length 的两倍，因为一对有两个回答",
     "effective batch {rows} · samples of up to {tokens} tokens ({origin}), {mean} on average": "有效批大小 {rows} · 样本最长 {tokens} token（{origin}），平均 {mean}",
     "{number}, which share the samples of a step; memory is of each": "{number} 张，分担每步的样本；显存按每张计",
     "memory": "显存",

@@ -245,7 +245,7 @@ COMMANDS: dict[str, str] = {
     "batch.micro {micro} x batch.accumulation {accumulation} = {product}, but batch.effective is {effective}: drop one of the three": "batch.micro {micro} x batch.accumulation {accumulation} = {product}，而 batch.effective 是 {effective}：请去掉三者之一",
     "batch.micro {micro} is more than batch.effective {effective}: lower batch.micro": "batch.micro {micro} 大于 batch.effective {effective}：请调低 batch.micro",
     "batch.effective {effective} samples cannot be cut into batch.accumulation {accumulation} equal micro-batches: try batch.accumulation {value}": "batch.effective {effective} 个样本无法平分成 batch.accumulation {accumulation} 个微批：可试 batch.accumulation {value}",
-    "2e-5 for full fine-tuning, 2e-4 for LoRA": "全参数微调 2e-5，LoRA 2e-4",
+    "2e-5 for full fine-tuning, 2e-4 for LoRA; of preferences a twentieth": "全参数微调 2e-5，LoRA 2e-4；偏好训练是其二十分之一",
     "largest gradient norm; 0 switches clipping off": "最大的梯度范数；0 表示不裁剪",
     "share of the run's tokens over which the rate rises": "学习率上升阶段占全部 token 的比例",
     "the rate at the end of the schedule, as a share of lr": "调度结束时的学习率，相对于 lr 的比例",

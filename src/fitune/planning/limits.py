@@ -140,7 +140,10 @@ def find_lengths(config: RunConfig) -> Lengths:
 def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
     length = config.sample_tokens
     eval_length = length if config.data.is_evaluated else 0
-    return Lengths((length,), 1.0, eval_length, None, None, origin or "data.max_length")
+    if origin is None:
+        of_pairs = "twice data.max_length, as a pair has two answers"
+        origin = of_pairs if config.is_of_pairs else "data.max_length"
+    return Lengths((length,), 1.0, eval_length, None, None, origin)
 
 
 def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from fitune.batch_size.scaling import OptimSettings, configured_lr, is_adaptive, settings_of
-from fitune.config import Method, OptimConfig, RunConfig, TrainConfig
+from fitune.config import OptimConfig, RunConfig, TrainConfig
 from fitune.language import say
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.planning.limits import Lengths
@@ -59,7 +59,9 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
     """
     rows = config.batch.rows_per_step
     optim = settings_of(
-        config.optim, lr=configured_lr(config.optim, config.model.method), rows=rows
+        config.optim,
+        lr=configured_lr(config.optim, config.model.method, config.objective),
+        rows=rows,
     )
     step_tokens = lengths.mean_tokens * rows
 
@@ -84,16 +86,17 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
     )
 
 
-def unusual_rate(optim: OptimConfig, method: Method) -> str | None:
+def unusual_rate(optim: OptimConfig) -> str | None:
     """Return a warning about a learning rate that is surely a mistake, such as 3 for 3e-5."""
-    rate = configured_lr(optim, method)
+    if optim.lr == "auto":
+        return None
     highest = HIGHEST_USUAL_RATE * (1 if is_adaptive(optim) else 100)
-    if rate <= highest:
+    if optim.lr <= highest:
         return None
     return say(
         "optim.lr {rate} is far above the rates that {name} trains language models with (below {highest}): usual are "
         "2e-5 for full fine-tuning and 2e-4 for adapters",
-        rate=f"{rate:g}",
+        rate=f"{optim.lr:g}",
         name=optim.name,
         highest=f"{highest:g}",
     )

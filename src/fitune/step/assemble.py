@@ -125,7 +125,7 @@ def assemble(
     if peers is not None:
         idle = objective.made_up_row(0, np.array([1, 2]), 0)
         shards = shard_model(model, peers, device=device, idle=lay_out([idle], packed=packed))
-    lr = configured_lr(config.optim, config.model.method)
+    lr = configured_lr(config.optim, config.model.method, config.objective)
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
         notes.append(scaling_note(config.optim, optim, lr=lr, rows=config.batch.rows_per_step))

@@ -200,7 +200,7 @@ def _configuration_notes(config: RunConfig, device: torch.device) -> Iterator[st
     if config.memory.gpu is not None:
         yield "memory.gpu is for plans: a run uses the card that is there"
     yield from model_notes(config.model)
-    if (note := unusual_rate(config.optim, config.model.method)) is not None:
+    if (note := unusual_rate(config.optim)) is not None:
         yield note
 
 
