@@ -18,6 +18,13 @@ from fitune.recorder.absent_datasets import LONG_TEXT, NUM_SAMPLES, refuse_uncut
 from fitune.recorder.script_libraries import models_of_configs
 
 
+@pytest.fixture(autouse=True)
+def without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the process of a script, which is told so before it imports anything."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
 def note(_: str) -> None: ...
 
 

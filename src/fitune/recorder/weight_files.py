@@ -41,7 +41,9 @@ def weight_files(put: Put) -> Iterator[None]:
     def rebuild_on_host(storage: torch.TypedStorage, *args: object) -> Tensor:
         # what a script unpickles by itself, such as a checkpoint of which it reads one tensor at a
         # time, has its data; a fake tensor cannot take them
-        with nullcontext() if storage.device.type == "meta" else on_host():
+        # `storage.device` warns that this kind of storage is old
+        is_meta = storage._untyped_storage.device.type == "meta"
+        with nullcontext() if is_meta else on_host():
             return rebuild(storage, *args)
 
     with (
