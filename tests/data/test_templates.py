@@ -140,6 +140,19 @@ def test_the_answers_and_their_ends_are_supervised_and_nothing_else(name: str) -
     )
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, family in FAMILIES.items() if "user" in family.starts_with]
+)
+def test_the_first_conversation_is_read_as_later_ones_are(name: str) -> None:
+    """Qwen 3 strips the last answer alone: an earlier one keeps the line break that it begins with."""
+    new = read_encoder(
+        tokenizer("bytes"), template=str(TEMPLATES / f"{name}.jinja"), mask="assistant"
+    )
+    turns = (("user", "αβ γ"), ("assistant", "\nXY Z"), ("user", "γ"), ("assistant", "\nZ"))
+    for result in encode(new, [conversation(*turns)] * 3):
+        assert supervised(new, result) == expected(name, turns)
+
+
 @given(chat=chats(), again=st.booleans())
 @settings(max_examples=400, deadline=None)
 def test_the_supervised_text_is_what_the_assistant_says_and_its_end_in_every_conversation(

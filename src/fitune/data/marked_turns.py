@@ -165,10 +165,12 @@ class MarkedConversation(MarkedRendering):
         if not spaces or self.style == "empty" or not lead.endswith(spaces):
             return 0
         # A template that strips the message may itself write such white space before it.
-        message = self.marked[number]
+        message, *later = self.marked[number:]
         stripped = {**message, "content": message["content"].lstrip()}
         try:
-            is_stripped = self.render(number, message)[0] == self.render(number, stripped)[0]
+            # in its place, since a template may strip the last answer alone
+            texts = [self.render(number, each, *later)[0] for each in (message, stripped)]
+            is_stripped = texts[0] == texts[1]
         except TemplateError:
             is_stripped = False
         return 0 if is_stripped else len(spaces)
