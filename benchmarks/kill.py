@@ -371,7 +371,8 @@ def _outcome(path: Path) -> dict[str, Any]:
         "state": read_run(path).state,
         "weights": _bytes(run.last),
         "best weights": _bytes(run.best),
-        "export": _bytes(path / EXPORTED),
+        # the model card says how long the run took
+        "export": [each for each in _bytes(path / EXPORTED) if each[0] != "README.md"],
         "metrics": [
             {key: value for key, value in line.items() if key not in TIMES} for line in lines
         ],
