@@ -236,6 +236,18 @@ STEPS = (
         options=("model.method=lora", "model.lora.dropout=0.1"),
     ),
     StepCase(
+        name="dora",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.method=lora", "model.lora.dora=true"),
+    ),
+    StepCase(
+        name="pissa",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.method=lora", "model.lora.init=pissa_niter_16"),
+    ),
+    StepCase(
         name="qlora",
         model="llama",
         rows=same(4, 1024),

@@ -1,8 +1,10 @@
 """The words of transformers and peft are read as the keys that they stand for."""
 
+import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,15 @@ from fitune.config import read_config
 from fitune.config.aliases import ALIASES
 from fitune.errors import ConfigError
 
-GOOD = {"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}}
+GOOD: dict[str, Any] = {"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}}
 VALUES = {
+    "model.lora.r": 8,
+    "model.lora.lora_alpha": 64.0,
+    "model.lora.lora_dropout": 0.1,
+    "model.lora.target_modules": "q_proj",
+    "model.lora.use_rslora": True,
+    "model.lora.use_dora": True,
+    "model.lora.init_lora_weights": "olora",
     "model.gradient_checkpointing": "every_2",
     "data.max_samples": 7,
     "optim.learning_rate": 3e-5,
@@ -27,9 +36,26 @@ VALUES = {
 }
 
 
-def with_value(key: str, value: object) -> dict[str, dict[str, object]]:
-    section, name = key.split(".")
-    return {**GOOD, section: {**GOOD.get(section, {}), name: value}}
+def with_value(*pairs: tuple[str, object]) -> dict[str, Any]:
+    tree: dict[str, Any] = copy.deepcopy(GOOD)
+    for key, value in pairs:
+        *sections, name = key.split(".")
+        holder = tree
+        for part in sections:
+            holder = holder.setdefault(part, {})
+        holder[name] = value
+    if method_of(pairs[0][0]):
+        tree["model"]["method"] = "lora"
+    return tree
+
+
+def method_of(key: str) -> list[str]:
+    """Return what a key needs, to have an effect."""
+    return ["model.method=lora"] if key.startswith("model.lora.") else []
+
+
+def typed(key: str, value: object) -> str:
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 @pytest.mark.parametrize(("alias", "key"), ALIASES.items())
@@ -37,28 +63,26 @@ def test_an_alias_is_its_key_in_a_file_and_on_the_command_line(
     alias: str, key: str, tmp_path: Path
 ) -> None:
     value = VALUES[alias]
-    expected = read_config(with_value(key, value))
+    expected = read_config(with_value((key, value)))
     assert expected.config != read_config(GOOD).config
     path = tmp_path / "sft.yaml"
-    path.write_text(json.dumps(with_value(alias, value), indent=1))
+    path.write_text(json.dumps(with_value((alias, value)), indent=1))
     read = read_config(path)
     assert read.config == expected.config
     assert read.origins[key].startswith(f"{path}:")
-    overridden = read_config(GOOD, [f"{alias}={value}"])
+    overridden = read_config(GOOD, [typed(alias, value), *method_of(alias)])
     assert overridden.config == expected.config
     assert overridden.origins[key] == "command line"
 
 
 @pytest.mark.parametrize(("alias", "key"), ALIASES.items())
 def test_a_key_and_its_alias_are_one_clear_error(alias: str, key: str) -> None:
-    both = with_value(alias, VALUES[alias])
-    section, name = key.split(".")
-    both[section] = {**both[section], name: VALUES[alias]}
+    both = with_value((alias, VALUES[alias]), (key, VALUES[alias]))
     with pytest.raises(ConfigError) as caught:
         read_config(both)
     assert str(caught.value) == f"{key} and {alias} are two names of one key: keep one"
     with pytest.raises(ConfigError) as caught:
-        read_config(GOOD, [f"{key}={VALUES[alias]}", f"{alias}={VALUES[alias]}"])
+        read_config(GOOD, [typed(name, VALUES[alias]) for name in (key, alias)] + method_of(alias))
     assert (
         str(caught.value) == f"command line: {key} and {alias} are two names of one key: keep one"
     )
@@ -66,11 +90,11 @@ def test_a_key_and_its_alias_are_one_clear_error(alias: str, key: str) -> None:
 
 def test_what_is_typed_replaces_what_the_file_says_by_another_name() -> None:
     assert (
-        read_config(with_value("batch.micro", 2), ["batch.micro_batch_size=4"]).config.batch.micro
+        read_config(with_value(("batch.micro", 2)), ["batch.micro_batch_size=4"]).config.batch.micro
         == 4
     )
     assert (
-        read_config(with_value("batch.micro_batch_size", 2), ["batch.micro=4"]).config.batch.micro
+        read_config(with_value(("batch.micro_batch_size", 2)), ["batch.micro=4"]).config.batch.micro
         == 4
     )
 
@@ -80,7 +104,7 @@ def test_what_is_typed_replaces_what_the_file_says_by_another_name() -> None:
 )
 def test_gradient_checkpointing_is_also_a_switch(value: object, expected: str) -> None:
     assert (
-        read_config(with_value("model.gradient_checkpointing", value)).config.model.recompute
+        read_config(with_value(("model.gradient_checkpointing", value))).config.model.recompute
         == expected
     )
     typed = str(value).lower() if isinstance(value, bool) else str(value)
@@ -106,6 +130,9 @@ def test_the_schema_for_editors_takes_the_aliases(capsys: pytest.CaptureFixture[
     assert main(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     for alias in ALIASES:
-        section, name = alias.split(".")
-        definition = schema["properties"][section]["$ref"].rpartition("/")[2]
-        assert name in schema["$defs"][definition]["properties"]
+        *sections, name = alias.split(".")
+        properties = schema["properties"]
+        for section in sections:
+            definition = properties[section]["$ref"].rpartition("/")[2]
+            properties = schema["$defs"][definition]["properties"]
+        assert name in properties

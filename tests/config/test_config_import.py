@@ -307,7 +307,7 @@ def test_a_json_of_training_arguments_needs_the_model_and_the_data_beside_it(
         (LF + "--pure_bf16", "model.precision", "bfloat16"),
         (LF + "--val_size 50", "eval.max_rows", 50),
         (LF + "--train_on_prompt true", "data.mask", "all"),
-        (LF + "--use_rslora --lora_rank 16", "model.lora.alpha", 128),
+        (LF + "--use_rslora --lora_rank 16", "model.lora.rslora", True),
         (LF + "--disable_gradient_checkpointing", "model.recompute", "off"),
         (LF + "--lr_scheduler_type constant --warmup_ratio 0.1", "optim.warmup", 0),
         (HF + "--lr_scheduler_kwargs {\"min_lr\":1e-5} --learning_rate 1e-4", "optim.final_lr_fraction", 0.1),

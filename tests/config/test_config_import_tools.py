@@ -135,7 +135,7 @@ def test_what_llama_board_saves_is_read_as_llama_factory() -> None:
         ("axolotl_lora_save.yml", [":6 lora_modules_to_save", ":8 tokens"]),
         (
             "lf_two_sources.yaml",
-            [":11 additional_target", ":12 new_special_tokens", ":13 resize_vocab", ":14 use_dora"],
+            [":11 additional_target", ":12 new_special_tokens", ":13 resize_vocab"],
         ),
         ("trl_config.yaml", [":12 loss_type: 'dft': fitune trains with the plain cross-entropy"]),
     ],
@@ -359,7 +359,9 @@ def test_where_two_could_be_meant_from_decides(
         (SWIFT + "--adapters out/checkpoint-5", "merge the adapter first"),
         (SWIFT + "--quant_bits 3 --quant_method hqq", "in 16 bits here, or in 4"),
         (LF + "--additional_target embed_tokens", "plain LoRA"),
-        (LF + "--pissa_init true", "plain LoRA"),
+        (LF + "--loftq_config x", "plain LoRA"),
+        (SWIFT + "--init_weights loftq", "model.lora.init is 'loftq'"),
+        (LF + "--use_dora --quantization_bit 4", "model.lora.dora true needs weights that are not"),
         (LF + "--use_galore true", "Muon, APOLLO, Adafactor and SGD"),
         (LF + "--add_tokens <a>", "the vocabulary as it is"),
         (LF + "--rope_scaling linear", "config.json describes it"),
@@ -386,6 +388,24 @@ def test_optimizers_for_matrices_are_taken_over(words: str, name: str) -> None:
     found = command(words)
     assert found.resolved.config.optim.name == name
     assert any("APOLLO" in sentence for sentence in found.differs) == (name == "apollo")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (LF + "--pissa_init true --pissa_convert true", (False, False, "pissa_niter_16")),
+        (LF + "--pissa_init true --pissa_iter -1 --use_dora", (False, True, "pissa")),
+        (SWIFT + "--use_rslora true --init_weights olora", (True, False, "olora")),
+        (SWIFT + "--use_dora true --init_weights true", (False, True, "default")),
+        (
+            "trl sft --model_name_or_path m --dataset_name d --use_peft --use_rslora --use_dora",
+            (True, True, "default"),
+        ),
+    ],
+)
+def test_the_variants_of_lora_are_taken_over(words: str, expected: tuple[bool, bool, str]) -> None:
+    lora = command(words).resolved.config.model.lora
+    assert (lora.rslora, lora.dora, lora.init) == expected
 
 
 @pytest.mark.parametrize(

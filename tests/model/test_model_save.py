@@ -115,6 +115,44 @@ def test_merged_adapters_compute_what_they_computed_beside(
     assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+VARIANTS = {
+    "rslora": LoraConfig(rank=4, rslora=True),
+    "dora": LoraConfig(rank=4, dora=True),
+    "pissa": LoraConfig(rank=4, init="pissa"),
+    "dora of pissa, rslora": LoraConfig(rank=4, init="pissa_niter_16", dora=True, rslora=True),
+    "olora": LoraConfig(rank=4, init="olora"),
+    "orthogonal": LoraConfig(rank=4, init="orthogonal"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [*((name, "qwen3") for name in VARIANTS), ("dora", "gpt2"), ("pissa", "gpt2")],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_a_variant_of_lora_starts_as_the_model_and_is_saved_for_peft_and_merged(
+    name: str, architecture: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """PiSSA and OLoRA are saved as LoRA of twice the rank, for the model in the files."""
+    model = apply_lora(build(TINY[architecture]), VARIANTS[name]).eval()
+    base = build(TINY[architecture])
+    assert torch.allclose(model(IDS).logits, base(IDS).logits, atol=1e-4)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    expected = model(IDS).logits
+    assert not torch.allclose(expected, base(IDS).logits, atol=1e-3)
+    save_model(model, tmp_path / "adapters", tokenizer=tokenizer)
+    save_model(model, tmp_path / "merged", tokenizer=tokenizer, merge=True)
+    by_peft = PeftModel.from_pretrained(base, str(tmp_path / "adapters")).eval()
+    by_fitune = load_adapters(build(TINY[architecture]), tmp_path / "adapters").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    for loaded in (by_peft, by_fitune, merged):
+        assert torch.allclose(loaded(IDS).logits, expected, atol=2e-4, rtol=1e-3)
+
+
 def test_merging_leaves_the_model_bit_for_bit(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

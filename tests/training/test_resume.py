@@ -54,6 +54,8 @@ KINDS = {
     "full": (),
     "lora": ("model.method=lora",),
     "lora with dropout": ("model.method=lora", "model.lora.dropout=0.3"),
+    "dora": ("model.method=lora", "model.lora.dora=true", "model.lora.rslora=true"),
+    "pissa": ("model.method=lora", "model.lora.rank=4", "model.lora.init=pissa"),
     "bfloat16": ("model.precision=bfloat16",),
     "autocast": ("model.precision=autocast_bfloat16",),
     "padded": ("data.packing=false",),

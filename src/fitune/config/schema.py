@@ -106,6 +106,7 @@ class RunConfig(Section):
             )
         faults += self._probe_without_effect()
         faults += self._not_sharded()
+        faults += self._adapter_faults()
         faults += self._preference_faults()
         if faults:
             raise ValueError("\n".join(faults))
@@ -175,6 +176,22 @@ class RunConfig(Section):
             yield (
                 "train.probe works in one process and model.shard full needs several: drop one of them"
             )
+
+    def _adapter_faults(self) -> Iterator[str]:
+        lora = self.model.lora
+        if self.model.method == "full":
+            return
+        reads_weight = {
+            "model.lora.dora true": lora.dora,
+            f"model.lora.init {lora.init}": lora.init == "orthogonal" or lora.changes_base,
+        }
+        for key in (key for key, is_set in reads_weight.items() if is_set):
+            if self.model.method == "qlora":
+                yield f"{key} needs weights that are not in 4 bits: set model.method to lora, or drop it"
+            if self.model.shard != "none":
+                yield f"{key} does not work with model.shard full: drop one of them"
+        if lora.init == "orthogonal" and lora.rank % 2:
+            yield f"model.lora.init orthogonal needs an even model.lora.rank, not {lora.rank}"
 
     def _preference_faults(self) -> Iterator[str]:
         given = self.preference.model_dump(exclude_defaults=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fitune.config.values import (
+    AdapterInit,
     Attention,
     Auto,
     BatchMode,
@@ -49,6 +50,23 @@ class LoraConfig(Section):
     alpha: Scale = Field(32, description="the adapter's output is scaled by alpha / rank")
     dropout: BelowOne = Field(0.0, description="dropout before the adapters, in training")
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
+    rslora: Bool = Field(
+        False, description="rank-stabilised: scale by alpha / sqrt(rank) instead of alpha / rank"
+    )
+    dora: Bool = Field(
+        False, description="DoRA: train the norm of each row of the adapted weight as well"
+    )
+    init: AdapterInit = Field(
+        "default",
+        description=(
+            "how the adapters start; pissa and olora move the weight's main directions into them"
+        ),
+    )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapters start with a part of the frozen weight, which is taken from it."""
+        return self.init in ("pissa", "pissa_niter_16", "olora")
 
 
 class ShapeConfig(Section):

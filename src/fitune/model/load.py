@@ -219,10 +219,16 @@ def load_model(
     noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
         built = quantise(built)
+    adapted: PreTrainedModel | PeftModel = built
+    # A card's decomposition of a weight depends on the card, and a resumed run needs the same one.
+    is_on_host = model.method != "full" and model.lora.changes_base
+    if is_on_host:
+        adapted = apply_lora(built, model.lora, seed=seed)
     if not stay_on_host:
         built.to(device)
     share_tables(built)
-    adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
+    if model.method != "full" and not is_on_host:
+        adapted = apply_lora(built, model.lora, seed=seed)
     if noted is not None:
         note_adapted(adapted, noted)
     fuse_layers(adapted)

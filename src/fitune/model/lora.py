@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fitune.boundary import parse_json
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
+from fitune.model.adapter_start import note_start
 from fitune.model.quantise import num_weights
 from fitune.plain_files import read_plain
 
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "PeftModel":
     """Freeze `model` and add trainable adapters to the layers that `lora.targets` names.
 
-    Adapters are float32 whatever the model's dtype is, on the device of the model. The second
-    factor starts at zero, so the model computes the same as before; the first is drawn from `seed`.
-    Raises ModelError for targets that the model does not have.
+    Adapters are float32 whatever the model's dtype is, on the device of the model. The model
+    computes the same as before. By default the second factor starts at zero and the first is drawn
+    from `seed`; PiSSA and OLoRA move a part of the frozen weights into the adapters.
+    Raises ModelError for targets that the model does not have, and for an initialisation that its
+    layers do not allow.
     """
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
     names = adaptable_names(model)
@@ -40,8 +43,27 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
             f"{'; '.join(f'{name}, {_why_not(model, name)}' for name in unknown)}: "
             f"choose from {', '.join(names)}, or all-linear"
         )
+    chosen = names if "all-linear" in targets else targets
+    if lora.changes_base:
+        _check_decomposable(model, lora, chosen)
     with bitsandbytes_unseen():
-        return _apply(model, lora, names=names if "all-linear" in targets else targets, seed=seed)
+        return _apply(model, lora, names=chosen, seed=seed)
+
+
+def _check_decomposable(model: PreTrainedModel, lora: LoraConfig, names: list[str]) -> None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in names:
+            continue
+        if isinstance(module, Conv1D) and lora.init == "olora":
+            raise ModelError(
+                "model.lora.init olora does not work with this model's layers: use pissa"
+            )
+        weight = getattr(module, "weight", None)
+        if weight is not None and lora.rank > min(weight.shape):
+            raise ModelError(
+                f"model.lora.init {lora.init} takes model.lora.rank {lora.rank} directions of each "
+                f"weight, and {name} has {min(weight.shape)}: lower model.lora.rank"
+            )
 
 
 def _why_not(model: PreTrainedModel, target: str) -> str:
@@ -73,6 +95,9 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=names,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -84,8 +109,10 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
         )
         # The weights are drawn on the CPU; the random state of a GPU does not change.
         torch.default_generator.manual_seed(seed)
-        adapted = get_peft_model(model, config)
-    return cast("PeftModel", adapted)
+        adapted = cast("PeftModel", get_peft_model(model, config))
+    if lora.changes_base and not next(model.parameters()).is_meta:
+        note_start(adapted)
+    return adapted
 
 
 def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
@@ -114,11 +141,13 @@ _KERNELS_READ_WEIGHTS = {"out_proj", "conv1d"}
 _NOT_BY_PEFT = dict.fromkeys(
     ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS
 )
+#: Initial values that leave the frozen weights as they are, so that loading is not affected.
+_HARMLESS_INITS = ("gaussian", "orthogonal")
 #: The settings in which adapters of fitune differ from one another, or from peft's defaults.
 _OWN_KEYS = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha",
     "lora_dropout", "peft_type", "peft_version", "r", "revision", "target_modules", "task_type",
-    "megatron_core",
+    "megatron_core", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -163,6 +192,8 @@ def _check_adapters(directory: Path) -> None:
 def _is_default(key: str, value: object) -> bool:
     from peft import LoraConfig as PeftLoraConfig
 
+    if key == "init_lora_weights" and value in _HARMLESS_INITS:
+        return True
     return not value or getattr(PeftLoraConfig(), key, None) == value
 
 

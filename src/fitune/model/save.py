@@ -21,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
 from fitune.model.adapted_model import FILE, adapted_json
+from fitune.model.adapter_start import as_lora, lora_settings
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
 from fitune.model.quantise import NF4Experts, NF4Linear
@@ -77,6 +78,8 @@ def model_files(
         if isinstance(model, PeftModel) and not merge:
             # save_embedding_layers="auto" would query the hub.
             model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)
+            if (settings := lora_settings(model)) is not None:
+                settings.save_pretrained(directory)
             if (noted := adapted_json(model)) is not None:
                 (Path(directory) / FILE).write_bytes(noted)
         else:
@@ -128,7 +131,7 @@ def saved_tensors(
     """
     if isinstance(model, PeftModel) and not merge:
         tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-        return "adapter_model.safetensors", tensors
+        return "adapter_model.safetensors", as_lora(model, tensors)
     plain = _plain(model)
     left_out = set(plain._keys_to_ignore_on_save or ())
     named = plain_tensors(model) if state is None else state
@@ -224,7 +227,12 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
                 delta = sum(
                     layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters
                 )
-                tensors[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+                merged = weight.float() + delta
+                for magnitude in layer.lora_magnitude_vector.values():
+                    is_rows = not layer.fan_in_fan_out
+                    norm = torch.linalg.vector_norm(merged, dim=int(is_rows), keepdim=True)
+                    merged *= magnitude.weight.float().view_as(norm) / norm
+                tensors[f"{name}.weight"] = merged.to(weight.dtype)
     return tensors
 
 

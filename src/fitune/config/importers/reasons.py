@@ -61,11 +61,8 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
         "bias": ("none",),
         "lora_bias": ("none",),
         "lora_bias_trainable": ("none",),
-        "init_lora_weights": (True, "true"),
-        "init_weights": (True, "true", "True"),
-        "peft_init_lora_weights": (True,),
         **_none_of(
-            "use_dora peft_use_dora pissa_init pissa_convert loftq_config additional_target "
+            "loftq_config additional_target "
             "modules_to_save "
             "lora_modules_to_save loraplus_lr_ratio lorap_lr_ratio lora_lr_ratio rank_pattern "
             "alpha_pattern "

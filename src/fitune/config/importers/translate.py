@@ -28,6 +28,19 @@ _MINIMIND_PRESETS = {
     (512, 8, False): "minimind2-small",
 }  # fmt: skip
 
+# An argument of LoRA's variants -> our key below model.lora, None where it is always so.
+_ADAPTER_KINDS = {
+    "use_rslora": "rslora",
+    "peft_use_rslora": "rslora",
+    "use_dora": "dora",
+    "peft_use_dora": "dora",
+    "pissa_init": "init",
+    "init_lora_weights": "init",
+    "init_weights": "init",
+    "peft_init_lora_weights": "init",
+    "pissa_convert": None,
+}
+
 # Keys that have another name in other tools but the same values.
 _SWITCHES = (
     "model.trust_remote_code",
@@ -141,7 +154,7 @@ def _method(draft: Draft) -> None:
             if key.startswith("model.lora.")
         ]
         draft.reasons |= dict.fromkeys(
-            (*lora, "lora_target_linear", "use_rslora"), "all weights are trained"
+            (*lora, "lora_target_linear", *_ADAPTER_KINDS), "all weights are trained"
         )
     else:
         _lora(draft)
@@ -200,22 +213,16 @@ def _bits(draft: Draft) -> int | None:
 
 def _lora(draft: Draft) -> None:
     rank, alpha = draft.value("model.lora.rank"), draft.value("model.lora.alpha")
-    is_rank_stabilised = any([draft.argument("use_rslora"), draft.argument("peft_use_rslora")])
     if draft.tool == "LLaMA-Factory" and not alpha:
         alpha = 2 * rank
         comment = f"default of {draft.arguments.table.release}, hparams/finetuning_args.py: twice the rank"
     else:
         comment = None
-    if is_rank_stabilised and alpha and rank:
-        # Kalajdzievski 2023, arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank.
-        alpha *= math.sqrt(abs(rank))
-        name = next(name for name in ("use_rslora", "peft_use_rslora") if draft.argument(name))
-        comment = f"times the square root of rank: {draft.origin(name)} {name}"
-        draft.mentioned.update(draft.names("model.lora.alpha"))
     for key, value, said in (("rank", rank, None), ("alpha", alpha, comment)):
         if value is not None:  # axolotl has no default
             draft.write(f"model.lora.{key}", value, said)
     draft.copy("model.lora.dropout")
+    _adapter_kind(draft)
     _targets(draft)
     if draft.tool == "minimind":
         draft.differs.append(
@@ -223,6 +230,25 @@ def _lora(draft: Draft) -> None:
             "its first factors are "
             "drawn from another distribution"
         )
+
+
+def _adapter_kind(draft: Draft) -> None:
+    """Write which of the variants of LoRA that peft has is asked for."""
+    # A converted PiSSA is what is always saved here.
+    iterations = draft.argument("pissa_iter", 16)
+    draft.argument("pissa_convert")
+    for name, key in _ADAPTER_KINDS.items():
+        value = draft.argument(name)
+        if key is None or value is None or is_off(value):
+            continue
+        if name == "pissa_init":
+            value = "pissa" if iterations == -1 else f"pissa_niter_{iterations}"
+            if "pissa_iter" in draft.arguments.values:
+                draft.origin("pissa_iter")
+        if key != "init":
+            draft.write(f"model.lora.{key}", value, draft.quoted(name))
+        elif str(value).lower() != "true":
+            draft.write("model.lora.init", value, draft.quoted(name))
 
 
 def _targets(draft: Draft) -> None:
