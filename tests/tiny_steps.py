@@ -53,13 +53,16 @@ def make_batch(seed: int = 0) -> Batch:
     return Batch(tuple(rows))
 
 
-def make_model(family: str = "llama", *, tied: bool = True, lora: bool = False) -> nn.Module:
+def make_model(
+    family: str = "llama", *, tied: bool = True, lora: bool | LoraConfig = False
+) -> nn.Module:
     config = TINY[family].__class__.from_dict(
         TINY[family].to_dict() | {"tie_word_embeddings": tied}
     )
     model = build_model(config, attention=attention_name(config, "auto"), seed=1)
     if lora:
-        adapted = apply_lora(model, LoraConfig(rank=4))
+        settings = lora if isinstance(lora, LoraConfig) else LoraConfig(rank=4)
+        adapted = apply_lora(model, settings)
         for name, parameter in adapted.named_parameters():
             if (
                 "lora_B" in name

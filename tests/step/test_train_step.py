@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from fitune.config import LoraConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.head import Head, decoder_and_head
@@ -45,10 +46,17 @@ SPLITS = {
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(
-    ("tied", "lora"), [(True, False), (False, False), (True, True)], ids=["tied", "untied", "lora"]
+    ("tied", "lora"),
+    [
+        (True, False),
+        (False, False),
+        (True, True),
+        (True, LoraConfig(rank=4, dora=True, init="pissa")),
+    ],
+    ids=["tied", "untied", "lora", "dora of pissa"],
 )
 def test_the_gradient_is_that_of_plain_transformers_for_every_split(
-    tied: bool, lora: bool, packed: bool, loss: str
+    tied: bool, lora: bool | LoraConfig, packed: bool, loss: str
 ) -> None:
     model, batch = make_model(tied=tied, lora=lora), make_batch()
     expected, expected_loss = plain_gradient(model, batch)

@@ -182,14 +182,17 @@ class RunConfig(Section):
         if self.model.method == "full":
             return
         reads_weight = {
-            "model.lora.dora true": lora.dora,
-            f"model.lora.init {lora.init}": lora.init == "orthogonal" or lora.changes_base,
+            "dora true": lora.dora,
+            f"init {lora.init}": lora.init == "orthogonal" or lora.changes_base,
         }
         for key in (key for key, is_set in reads_weight.items() if is_set):
             if self.model.method == "qlora":
-                yield f"{key} needs weights that are not in 4 bits: set model.method to lora, or drop it"
+                yield (
+                    f"model.lora.{key} needs weights that are not in 4 bits: set model.method to "
+                    "lora, or drop it"
+                )
             if self.model.shard != "none":
-                yield f"{key} does not work with model.shard full: drop one of them"
+                yield f"model.lora.{key} does not work with model.shard full: drop one of them"
         if lora.init == "orthogonal" and lora.rank % 2:
             yield f"model.lora.init orthogonal needs an even model.lora.rank, not {lora.rank}"
 

@@ -53,9 +53,7 @@ class LoraConfig(Section):
     rslora: Bool = Field(
         False, description="rank-stabilised: scale by alpha / sqrt(rank) instead of alpha / rank"
     )
-    dora: Bool = Field(
-        False, description="DoRA: train the norm of each row of the adapted weight as well"
-    )
+    dora: Bool = Field(False, description="DoRA: train the norm of each output's weights as well")
     init: AdapterInit = Field(
         "default",
         description=(

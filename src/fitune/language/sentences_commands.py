@@ -283,7 +283,9 @@ COMMANDS: dict[str, str] = {
     "train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them": "optim.schedule 为 constant 时 train.batch_mode anneal 不起作用：请去掉其中一个",
     "model.shard full does not shard 4-bit weights: set model.method to lora, or drop it": "model.shard full 不切分 4 位权重：请把 model.method 设为 lora，或去掉它",
     "model.shard full does not shard the state of optim.name {name}: use {listed}, or drop it": "model.shard full 不切分 optim.name {name} 的状态：请用 {listed}，或去掉它",
-    "model.lora.{key} does not work with model.shard full: drop one of them": "model.lora.{key} 不能与 model.shard full 一起用：请去掉其中一个",
+    "model.lora.{key} does not work with model.shard full: drop one of them": (
+        "model.lora.{key} 不能与 model.shard full 一起用：请去掉其中一个"
+    ),
     "model.{key} does not work with model.shard full: drop one of them": "model.{key} 不能与 model.shard full 同用：请去掉其中一个",
     "memory.on_oom quarantine leaves out a sample of one process and with model.shard full every pass is one of all: set memory.on_oom to stop, or drop model.shard": "memory.on_oom quarantine 略去的是单个进程的样本，而 model.shard full 下每次计算都是所有进程一起的：请把 memory.on_oom 设为 stop，或去掉 model.shard",
     "train.probe works in one process and model.shard full needs several: drop one of them": "train.probe 只在单进程下可用，而 model.shard full 需要多个进程：请去掉其中一个",
@@ -324,11 +326,19 @@ COMMANDS: dict[str, str] = {
     "random: train from scratch, without the model's weights": "random：从零训练，不用模型的权重",
     "full: every weight; lora: adapters; qlora: adapters on weights in 4 bits": "full：全参数；lora：适配器；qlora：4 位权重上的适配器",
     "rank of the adapters": "适配器的秩",
-    "rank-stabilised: scale by alpha / sqrt(rank) instead of alpha / rank": "rsLoRA：缩放为 alpha / sqrt(rank)，而不是 alpha / rank",
-    "DoRA: train the norm of each row of the adapted weight as well": "DoRA：同时训练加上适配器后权重每一行的范数",
-    "how the adapters start; pissa and olora move the weight's main directions into them": "适配器的初始化方式；pissa 和 olora 把权重的主要方向移到适配器里",
-    "{key} needs weights that are not in 4 bits: set model.method to lora, or drop it": "{key} 需要不是 4 位的权重：请把 model.method 设为 lora，或去掉它",
-    "model.lora.init orthogonal needs an even model.lora.rank, not {rank}": "model.lora.init orthogonal 需要偶数的 model.lora.rank，而不是 {rank}",
+    "rank-stabilised: scale by alpha / sqrt(rank) instead of alpha / rank": (
+        "rsLoRA：缩放为 alpha / sqrt(rank)，而不是 alpha / rank"
+    ),
+    "DoRA: train the norm of each output's weights as well": "DoRA：同时训练每个输出的权重向量的范数",
+    "how the adapters start; pissa and olora move the weight's main directions into them": (
+        "适配器的初始化方式；pissa 和 olora 把权重的主要方向移到适配器里"
+    ),
+    "model.lora.{key} needs weights that are not in 4 bits: set model.method to lora, or drop it": (
+        "model.lora.{key} 需要不是 4 位的权重：请把 model.method 设为 lora，或去掉它"
+    ),
+    "model.lora.init orthogonal needs an even model.lora.rank, not {rank}": (
+        "model.lora.init orthogonal 需要偶数的 model.lora.rank，而不是 {rank}"
+    ),
     "dropout before the adapters, in training": "训练时适配器之前的 dropout",
     "number format of weights and computation": "权重和计算的数值格式",
     "attention kernel": "注意力内核",

@@ -83,7 +83,7 @@ def check_start(adapted: nn.Module, saved: Path) -> None:
         was = tensors[name][-rank:] if is_first_factor else -tensors[name][:, -rank:]
         if not torch.equal(was, first):
             raise ModelError(
-                "model.lora.init decomposes the weights otherwise with this processor or release of "
-                "PyTorch than where the run began: resume it there, or merge RUN/last by fitune "
+                "model.lora.init decomposes the weights otherwise with this processor or release "
+                "of PyTorch than where the run began: resume it there, or merge RUN/last by fitune "
                 "export and start a new run"
             )
