@@ -4,18 +4,14 @@ import copy
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 from transformers import MambaConfig
 
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
-from fitune.model.adapter_start import check_start
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
-from fitune.model.save import saved_tensors
 from tiny_models import TINY_LLAMA
 
 _ADAPT = """
@@ -86,19 +82,6 @@ def test_more_directions_than_a_weight_has_are_refused() -> None:
     model = build_model(copy.deepcopy(TINY_LLAMA), seed=0)
     with pytest.raises(ModelError, match=r"lower model\.lora\.rank"):
         apply_lora(model, LoraConfig(rank=500, init="pissa"))
-
-
-def test_a_run_does_not_go_on_with_another_decomposition_of_the_weights(tmp_path: Path) -> None:
-    lora = LoraConfig(rank=4, init="pissa_niter_16")
-    here, elsewhere = (
-        apply_lora(build_model(copy.deepcopy(TINY_LLAMA), seed=0), lora, seed=seed)
-        for seed in (0, 1)
-    )
-    name, tensors = saved_tensors(here)
-    save_file(tensors, tmp_path / name)
-    check_start(here, tmp_path / name)
-    with pytest.raises(ModelError, match="resume it there"):
-        check_start(elsewhere, tmp_path / name)
 
 
 def test_layers_that_peft_refuses_are_not_among_all_linear() -> None:

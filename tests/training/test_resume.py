@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from fitune.cli.progress import TrainingProgress
 from fitune.config import read_config
 from fitune.errors import OutOfMemoryError
 from fitune.machine.process_memory import MemoryPeak
+from fitune.model.lora import apply_lora
 from fitune.model.tensor_file import write_tensors
 from fitune.run.directory import RunDirectory, create_run, read_run, working_on
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
@@ -134,6 +136,20 @@ def test_it_does_not_matter_in_which_step_a_run_died(
     train_until(step, "sft.yaml", monkeypatch=monkeypatch)
     train("--resume", "runs/run")
     assert_same()
+
+
+@pytest.mark.thorough
+def test_a_run_whose_weights_are_decomposed_otherwise_does_not_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = ("model.method=lora", "model.lora.rank=4", "model.lora.init=pissa_niter_16")
+    train_until(5, "sft.yaml", *kind, monkeypatch=monkeypatch)
+    # Another seed stands for another processor.
+    otherwise = partial(apply_lora, seed=1)
+    monkeypatch.setattr(
+        "fitune.model.load.apply_lora", lambda model, lora, seed: otherwise(model, lora)
+    )
+    assert "the saved tensors do not fit" in error_of(capsys, "--resume", "runs/run")
 
 
 def test_a_run_may_die_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

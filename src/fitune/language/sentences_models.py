@@ -97,13 +97,6 @@ MODELS: dict[str, str] = {
         "model.lora.init {init} 从每个权重取 {rank} 个方向（model.lora.rank），而 "
         "{name} 只有 {number} 个：请减小 model.lora.rank"
     ),
-    "model.lora.init decomposes the weights otherwise with this processor or release "
-    "of PyTorch than where the run began: resume it there, or merge RUN/last by "
-    "fitune export and start a new run": (
-        "model.lora.init 在这个处理器或这个版本的 PyTorch "
-        "上对权重的分解与运行开始时不同：请在原来的环境继续，或用 fitune export 合并 RUN/last "
-        "后开始新的运行"
-    ),
     "model.lora.targets names {value}: choose from {names}, or all-linear": "model.lora.targets 里写了 {value}：请从 {names} 中选择，或用 all-linear",
     "the head, whose weight is also the embedding's": "输出层，其权重也是嵌入的权重",
     "the head, which gets no adapter here": "输出层，这里不给它加适配器",

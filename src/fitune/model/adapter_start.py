@@ -8,14 +8,10 @@ rank, which anyone can load onto the model in the files. peft converts by the sa
 
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-
-from fitune.errors import ModelError
 
 if TYPE_CHECKING:
     # The import takes half a second and is needed for adapters only.
@@ -65,25 +61,3 @@ def lora_settings(adapted: "PeftModel") -> "PeftLoraConfig | None":
     settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
     settings.inference_mode = True
     return settings
-
-
-def check_start(adapted: nn.Module, saved: Path) -> None:
-    """Raise ModelError if adapters saved by `as_lora` started with other values than `adapted`.
-
-    The decomposition of a weight may give other vectors on another processor or with another
-    release of PyTorch; trained adapters do not fit what then remains of the weight.
-    """
-    start = _start(adapted)
-    if not start:
-        return
-    tensors = load_file(saved)
-    for name, first in start.items():
-        is_first_factor = ".lora_A." in name
-        rank = first.shape[0 if is_first_factor else 1]
-        was = tensors[name][-rank:] if is_first_factor else -tensors[name][:, -rank:]
-        if not torch.equal(was, first):
-            raise ModelError(
-                "model.lora.init decomposes the weights otherwise with this processor or release "
-                "of PyTorch than where the run began: resume it there, or merge RUN/last by fitune "
-                "export and start a new run"
-            )

@@ -13,7 +13,6 @@ from fitune.distributed.checkpoint import SHARDS, read_shards
 from fitune.distributed.sharding import Shards
 from fitune.errors import RunDirectoryError
 from fitune.machine.out_of_memory import said_of, try_twice
-from fitune.model.adapter_start import check_start
 from fitune.model.save import link_model
 from fitune.plain_files import open_plain, read_plain
 from fitune.run.directory import RunDirectory
@@ -183,7 +182,6 @@ def _restore_tensors(checkpoint: Checkpoint, setup: Setup) -> None:
     weights = checkpoint.path / "weights.safetensors"
     if not weights.exists():
         weights = checkpoint.path / "model" / "model.safetensors"
-    check_start(setup.model, checkpoint.path / "model" / "adapter_model.safetensors")
     live = live_tensors(setup.model)
     with safe_open(weights, framework="pt") as file:
         if set(file.keys()) != set(live):
