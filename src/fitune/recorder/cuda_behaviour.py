@@ -137,7 +137,7 @@ def _autocast_rules() -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in _PROMOTE:
         yield name, _casting(_overload(name), _widest)
     for name in in_no_list_of_cuda():
-        yield name, _not_casting(_overload(name))
+        yield name, _not_casting(name)
 
 
 def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., object]:
@@ -185,23 +185,16 @@ def in_no_list_of_cuda() -> tuple[str, ...]:
 
     A torch that was built without CUDA registers autocast for CUDA all the same.
     """
-    is_listed = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(
-        name.removeprefix("aten::")
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("aten::")
-        and is_listed(name, "AutocastCPU")
-        and not is_listed(name, "AutocastCUDA")
-    )
+    listed = torch._C._dispatch_get_registrations_for_dispatch_key
+    names = {*listed("AutocastCPU")} - {*listed("AutocastCUDA")}
+    return tuple(name.removeprefix("aten::") for name in sorted(names) if name.startswith("aten::"))
 
 
-def _not_casting(op: Any) -> Callable[..., object]:
-    consists_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), "CompositeImplicitAutograd"
-    )
-
+def _not_casting(name: str) -> Callable[..., object]:
     def kernel(*args: Any, **kwargs: object) -> object:
-        if consists_of_others:
+        # looked up here, since looking up all of them takes longer than many recordings
+        op = _overload(name)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
             return op.decompose(*args, **kwargs)  # autocast applies to the parts
         with _without_autocast():
             return op(*args, **kwargs)
