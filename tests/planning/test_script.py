@@ -135,6 +135,16 @@ REFUSED = {
         r"called sys.exit\(2\) before its first optimizer step. It printed: .*arguments: --nope",
     ),
     "file": ("open('absent.txt')", r"needs absent.txt at own.py:1, which is not here: give --cwd"),
+    **{
+        f"model {name}": (
+            f"import transformers\ntransformers.AutoModelForCausalLM.from_pretrained('{name}')",
+            f"needs {said} at own.py:2.*, which is not here: get its configuration and tokenizer",
+        )
+        for name, said in {
+            "../../absent": r"\.\./\.\./absent",
+            "nobody/nothing": "a model of the hub",
+        }.items()
+    },
     "kernels": ("import unsloth", r"uses Unsloth's kernels, whose memory is not known"),
     "processes": (
         "import torch.distributed as d\nd.init_process_group('gloo')",

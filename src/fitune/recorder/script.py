@@ -218,12 +218,22 @@ def _failure(error: BaseException, settings: ScriptSettings) -> str:
             f"the script needs {error.filename} at {place}, which is not here: give --cwd the "
             "directory that the command is run in, or put the file there"
         )
+    if isinstance(error, OSError) and (absent := _ABSENT_MODEL.search(str(error))) is not None:
+        return (
+            f"the script needs {absent[1] or 'a model of the hub'} at {place}, which is not here: "
+            "get its configuration and tokenizer, without weights, or give --cwd the directory "
+            "that the command is run in"
+        )
     cause = cause_of(error) if isinstance(error, Exception) else type(error).__name__
     return (
         f"the script stopped at {place} before its first optimizer step: {cause}; run it once "
         "without fitune to see whether its arguments and files are right, and with FITUNE_DEBUG=1 "
         "for all that it printed"
     )
+
+
+#: what transformers says of a model that is neither in a directory nor in the hub's cache
+_ABSENT_MODEL = re.compile(r"Repo id must [^']*(?:'[^']*'[^']*)*: '([^']+)'|in the cached files")
 
 
 def _place_in_libraries(frames: Sequence[traceback.FrameSummary]) -> str | None:
