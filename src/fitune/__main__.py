@@ -1,7 +1,15 @@
 """Runs the command line for `python -m fitune`."""
 
+import os
 import sys
 
 from fitune.cli.app import main
 
-sys.exit(main())
+code = main()
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    # Threads of several processes' libraries may abort one while Python ends, and torchrun would
+    # call a finished run failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+sys.exit(code)
