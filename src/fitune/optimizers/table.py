@@ -7,6 +7,7 @@ the parameters' size, which the `foreach` version needs and which can be the pea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from fitune.errors import ConfigError
@@ -144,25 +145,17 @@ def _muon(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.O
     )
 
 
-def _apollo(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
-    from fitune.optimizers.apollo import APOLLO, Apollo
+def _apollo(
+    groups: Groups, optim: OptimizerSettings, lr: float, *, mini: bool = False
+) -> "torch.optim.Optimizer":
+    from fitune.optimizers.apollo import APOLLO, APOLLO_MINI, Apollo
 
+    variant = APOLLO_MINI if mini else APOLLO
     return _with_adamw(
         groups,
         optim,
         lr,
-        lambda matrices: Apollo(matrices, APOLLO, lr=lr, betas=optim.betas, eps=optim.eps),
-    )
-
-
-def _apollo_mini(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
-    from fitune.optimizers.apollo import APOLLO_MINI, Apollo
-
-    return _with_adamw(
-        groups,
-        optim,
-        lr,
-        lambda matrices: Apollo(matrices, APOLLO_MINI, lr=lr, betas=optim.betas, eps=optim.eps),
+        lambda matrices: Apollo(matrices, variant, lr=lr, betas=optim.betas, eps=optim.eps),
     )
 
 
@@ -206,7 +199,9 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     ),
     "muon": OptimizerKind(build=_muon, result="different", parts_matrices=True),
     "apollo": OptimizerKind(build=_apollo, result="different", parts_matrices=True),
-    "apollo_mini": OptimizerKind(build=_apollo_mini, result="different", parts_matrices=True),
+    "apollo_mini": OptimizerKind(
+        build=partial(_apollo, mini=True), result="different", parts_matrices=True
+    ),
     "sgd": OptimizerKind(
         build=_sgd,
         result="different",
