@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fitune.recorder.allocation import Allocation
 from fitune.recorder.cuda_attention import (
@@ -137,7 +138,7 @@ def _autocast_rules() -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in _PROMOTE:
         yield name, _casting(_overload(name), _widest)
     for name in in_no_list_of_cuda():
-        yield name, _not_casting(name)
+        yield name, _not_casting(_overload(name))
 
 
 def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., object]:
@@ -190,11 +191,13 @@ def in_no_list_of_cuda() -> tuple[str, ...]:
     return tuple(name.removeprefix("aten::") for name in sorted(names) if name.startswith("aten::"))
 
 
-def _not_casting(name: str) -> Callable[..., object]:
+def _not_casting(op: OpOverload) -> Callable[..., object]:
+    consists_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), "CompositeImplicitAutograd"
+    )
+
     def kernel(*args: Any, **kwargs: object) -> object:
-        # looked up here, since looking up all of them takes longer than many recordings
-        op = _overload(name)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+        if consists_of_others:
             return op.decompose(*args, **kwargs)  # autocast applies to the parts
         with _without_autocast():
             return op(*args, **kwargs)
