@@ -162,3 +162,20 @@ def losses_and_gradient(
     if slope_NV is not None:
         grad_NV.mul_(slope_NV)
     return (largest_N1 + total_N1.log()).squeeze(1) - picked_N, grad_NV
+
+
+def add_head_gradients(
+    grad_NV: Tensor, hidden_ND: Tensor, *, weight_VD: Tensor | None, bias_V: Tensor | None
+) -> None:
+    """Add what a chunk of tokens adds to the gradients of the head, where these are wanted.
+
+    grad_NV: the gradient of the chunk's logits, in the dtype of the product.
+    weight_VD, bias_V: the gradients so far, in the parameters' dtype.
+    """
+    if weight_VD is not None:
+        if grad_NV.dtype == weight_VD.dtype:
+            weight_VD.addmm_(grad_NV.T, hidden_ND)
+        else:
+            weight_VD += grad_NV.T @ hidden_ND
+    if bias_V is not None:
+        bias_V += grad_NV.sum(0)

@@ -22,6 +22,7 @@ from fitune.model.head import Head
 from fitune.model.tied_head import joined_to_embedding
 from fitune.objectives.logits import (
     SupervisedTokens,
+    add_head_gradients,
     compute_dtype_of,
     losses_and_gradient,
     supervised_hidden,
@@ -278,13 +279,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 )
                 del logits_NV
                 grad_NV = grad_NV.to(ctx.dtype)
-                if grad_weight_VD is not None:
-                    if ctx.dtype == weight_VD.dtype:
-                        grad_weight_VD.addmm_(grad_NV.T, part_ND)
-                    else:
-                        grad_weight_VD += grad_NV.T @ part_ND
-                if grad_bias_V is not None:
-                    grad_bias_V += grad_NV.sum(0)
+                add_head_gradients(grad_NV, part_ND, weight_VD=grad_weight_VD, bias_V=grad_bias_V)
                 if needs_hidden:
                     hidden_ND[chunk] = grad_NV @ product.weight_VD
                 del grad_NV, part_ND

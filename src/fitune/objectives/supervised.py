@@ -24,6 +24,7 @@ from fitune.model.head import Head
 from fitune.model.tied_head import joined_to_embedding
 from fitune.objectives.logits import (
     SupervisedTokens,
+    add_head_gradients,
     compute_dtype_of,
     losses_and_gradient,
     supervised_hidden,
@@ -146,13 +147,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_NV = grad_NV.to(compute_dtype)
                 if grad_hidden_ND is not None:
                     grad_hidden_ND[chunk] = grad_NV @ matmul_weight_VD
-                if grad_weight_VD is not None:
-                    if compute_dtype == weight_VD.dtype:
-                        grad_weight_VD.addmm_(grad_NV.T, part_ND)
-                    else:
-                        grad_weight_VD += grad_NV.T @ part_ND
-                if grad_bias_V is not None:
-                    grad_bias_V += grad_NV.sum(0)
+                add_head_gradients(grad_NV, part_ND, weight_VD=grad_weight_VD, bias_V=grad_bias_V)
                 # Free it before the next chunk's logits are allocated.
                 del grad_NV
         ctx.save_for_backward(

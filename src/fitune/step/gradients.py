@@ -167,8 +167,7 @@ def clip_gradients(
 
 def _totals(losses: Sequence[Tensor], norm: Tensor) -> Tensor:
     """Return the sums of the pieces' shares, and the norm behind them."""
-    total = torch.stack(list(losses)).sum(0)
-    return torch.stack((*(total.unbind() if total.dim() else (total,)), norm.float()))
+    return torch.cat((torch.stack(list(losses)).sum(0).view(-1), norm.float().view(1)))
 
 
 def update(
