@@ -31,10 +31,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fitune.errors import ModelError
+from fitune.model.ends import add_ends, end_ids
 from fitune.model.gguf_tokenizer import add_tokenizer
 from fitune.model.ollama import modelfile
 from fitune.model.peft_parts import PeftModel, get_peft_model_state_dict
-from fitune.model.save import add_ends, plain_tensors, replaced_directory
+from fitune.model.save import plain_tensors, replaced_directory
 
 QuantisationName = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
@@ -170,14 +171,6 @@ def write_gguf_adapter(model: PeftModel, path: Path, *, name: str) -> None:
     scale = math.sqrt(adapter.r) if adapter.use_rslora else 1.0
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(adapter.lora_alpha * scale))
     _write(writer, tensors, dict.fromkeys(tensors, Quantisation.F32))
-
-
-def end_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens at which a generation of the model stops."""
-    generation = model.generation_config
-    ends = None if generation is None else generation.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _checked_architecture(config: PretrainedConfig) -> MODEL_ARCH:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from fitune.errors import ModelError
 from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.adapter_start import as_lora, lora_settings
+from fitune.model.ends import add_ends
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
 from fitune.model.quantise import NF4Experts, NF4Linear
@@ -93,20 +94,6 @@ def model_files(
             if path.is_file() and path.suffix != ".safetensors"
         )
         return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
-
-
-def add_ends(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, ends: Sequence[str]) -> None:
-    """Let generations stop at these tokens too, besides those where they stopped before."""
-    generation = _plain(model).generation_config
-    if generation is None:
-        return
-    known = (
-        generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    )
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    learned = [tokenizer.convert_tokens_to_ids(end) for end in ends]
-    all_ends = list(dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))]))
-    generation.eos_token_id = all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:

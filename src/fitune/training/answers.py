@@ -16,6 +16,7 @@ from fitune.data.chat_template import TemplateError, read_template
 from fitune.errors import DataError
 from fitune.machine.out_of_memory import memory_failure, release_memory
 from fitune.model.answer import Sampling, generate
+from fitune.model.ends import ids_of
 from fitune.run.answers import EvalAnswer
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import evaluation_mode
@@ -83,11 +84,8 @@ class PromptAnswers:
     ) -> None:
         self._model, self._settings = setup.model, setup.settings
         self._prompts, self._log, self._tokenizer = data.prompts, log, tokenizer
-        learned = [tokenizer.convert_tokens_to_ids(end) for end in data.train.report.ends]
-        self._sampling = Sampling(
-            max_new_tokens=config.new_tokens,
-            end_ids=tuple(end for end in learned if end is not None),
-        )
+        ends = ids_of(data.train.report.ends, tokenizer)
+        self._sampling = Sampling(max_new_tokens=config.new_tokens, end_ids=tuple(ends))
 
     def ask(self, state: RunState) -> None:
         """Answer each prompt, in the first of several processes.
