@@ -346,3 +346,26 @@ def test_it_is_said_in_chinese_where_that_is_chosen(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FITUNE_LANG", "zh")
     config = read_config(None, ["model.source=m", "data.train=a", "optim.lr=3"]).config
     assert "optim.lr 3 远高于" in str(unusual_rate(config.optim))
+
+
+@pytest.mark.parametrize("words", [["--version"], ["nonsense"]])
+def test_one_of_several_processes_ends_with_the_words_and_the_code_of_one_alone(
+    words: list[str],
+) -> None:
+    """It ends without Python's teardown, which would write what is still in a buffer."""
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    alone, of_two = (
+        subprocess.run(
+            [sys.executable, "-m", "fitune", *words],
+            env=buffered | {"PYTHONPATH": str(SOURCE), "WORLD_SIZE": size},
+            capture_output=True,
+            check=False,
+        )
+        for size in ("1", "2")
+    )
+    assert (of_two.returncode, of_two.stdout, of_two.stderr) == (
+        alone.returncode,
+        alone.stdout,
+        alone.stderr,
+    )
+    assert of_two.stdout + of_two.stderr
