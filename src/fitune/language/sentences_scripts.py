@@ -54,6 +54,7 @@ SCRIPTS: dict[str, str] = {
     "{name} ended after {count} forward passes without an optimizer.step() of torch.optim, by which fitune sees where a training step ends; it started {started} processes by multiprocessing, whose steps are not seen": "{name} 做了 {count} 次前向就结束了，没有调用 torch.optim 的 optimizer.step()，而 fitune 靠它判断训练步在哪里结束；它用 multiprocessing 启动了 {started} 个进程，这些进程里的步看不到",
     "; it started {count} processes by multiprocessing, whose steps are not seen": "；它用 multiprocessing 启动了 {count} 个进程，这些进程里的步看不到",
     "the script trains on the processor: none of its parameters is on the card; give it the argument by which it takes a card, such as --device cuda": "脚本在处理器上训练：它的参数都不在显卡上；请给出让它使用显卡的参数，例如 --device cuda",
+    "a model of the hub": "hub 上的一个模型",
     "the script needs {path} at {place}, which is not here: get its configuration and tokenizer, without weights, or give --cwd the directory that the command is run in": "脚本在 {place} 处需要 {path}，它不在这里：请取得它的配置和分词器（不需要权重），或用 --cwd 给出运行这条命令的目录",
     "the script needs {path} at {place}, which is not here: give --cwd the directory that the command is run in, or put the file there": "脚本在 {place} 处需要 {path}，它不在这里：请用 --cwd 给出运行这条命令的目录，或把文件放到那里",
     "the script stopped at {place} before its first optimizer step: {cause}; run it once without fitune to see whether its arguments and files are right, and with FITUNE_DEBUG=1 for all that it printed": "脚本在第一个优化步之前停在 {place}：{cause}；请先不用 fitune 运行一次，看参数和文件是否正确；设 FITUNE_DEBUG=1 可看到它打印的全部内容",

@@ -50,13 +50,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _matrices_apart(model: nn.Module, group: Group) -> Iterator[Group]:
     """Yield a group in two parts: the matrices of hidden layers, and all else."""
     at_the_ends = {
-        id(parameter)
+        parameter
         for module in _embeddings_and_head(model)
         for parameter in module.parameters(recurse=False)
     }
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in group["params"]:
-        parts[parameter.ndim == 2 and id(parameter) not in at_the_ends].append(parameter)
+        parts[parameter.ndim == 2 and parameter not in at_the_ends].append(parameter)
     for is_hidden, params in parts.items():
         if params:
             yield {**group, "params": params, "hidden_matrices": is_hidden}
