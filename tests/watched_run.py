@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fitune.cli.watch_screen import watch_screen
-from fitune.run.directory import RunDirectory, create_run, write_json
+from fitune.run.directory import RunDirectory, create_run
+from fitune.run.files import write_json
 from fitune.run.follow import RunFollower, RunView
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import (

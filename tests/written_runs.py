@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fitune.run.directory import create_run, write_json
+from fitune.run.directory import create_run
 from fitune.run.eval_rows import EvalRows, append_eval_rows
+from fitune.run.files import write_json
 from fitune.run.metrics import (
     EvalMetrics,
     RunEvent,

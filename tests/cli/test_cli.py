@@ -16,7 +16,8 @@ from fitune.cli.app import SCRIPT_VERB, app, main
 from fitune.config import read_config
 from fitune.machine.devices import find_device
 from fitune.planning.optimizer_facts import unusual_rate
-from fitune.run.directory import RunDirectory, create_run, write_json
+from fitune.run.directory import RunDirectory, create_run
+from fitune.run.files import write_json
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import GIB
 from written_runs import Recipe, write_run

@@ -23,7 +23,8 @@ from rich.cells import cell_len
 
 from fitune.cli.app import main
 from fitune.cli.watch_screen import watch_screen
-from fitune.run.directory import RunDirectory, create_run, write_json
+from fitune.run.directory import RunDirectory, create_run
+from fitune.run.files import write_json
 from fitune.run.follow import RunView
 from fitune.run.metrics import RunEvent, Summary, append_line, summary_json
 from fitune.units import GIB

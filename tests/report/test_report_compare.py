@@ -19,7 +19,8 @@ from fitune.report.compare import Comparison, compare
 from fitune.report.page import page
 from fitune.report.tables import cells
 from fitune.report.verdicts import verdicts
-from fitune.run.directory import RunDirectory, write_json
+from fitune.run.directory import RunDirectory
+from fitune.run.files import write_json
 from written_runs import GIB, Recipe, three_configurations, write_run
 
 

@@ -22,7 +22,8 @@ from fitune.report.compare import compare
 from fitune.report.page import page
 from fitune.report.run_on_disk import read_report
 from fitune.report.verdicts import verdicts
-from fitune.run.directory import RunDirectory, write_json
+from fitune.run.directory import RunDirectory
+from fitune.run.files import write_json
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent
 from written_runs import GIB, Recipe, three_configurations, write_run

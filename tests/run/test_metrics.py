@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fitune.errors import RunDirectoryError
-from fitune.run.directory import write_json
+from fitune.run.files import write_json
 from fitune.run.metrics import (
     EvalMetrics,
     RunEvent,

@@ -19,9 +19,8 @@ from fitune.run.directory import (
     open_run,
     read_run,
     working_on,
-    write_atomically,
-    write_json,
 )
+from fitune.run.files import write_atomically, write_json
 from fitune.run.metrics import Status, Summary, summary_json
 
 

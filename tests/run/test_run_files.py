@@ -14,14 +14,8 @@ from fitune.cli.app import main
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import read_plain
 from fitune.report.run_on_disk import read_fitune_run
-from fitune.run.directory import (
-    RunDirectory,
-    check_place,
-    list_runs,
-    read_run,
-    working_on,
-    write_atomically,
-)
+from fitune.run.directory import RunDirectory, check_place, list_runs, read_run, working_on
+from fitune.run.files import write_atomically
 from fitune.run.follow import RunFollower
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, append_line, read_metrics

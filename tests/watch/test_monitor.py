@@ -19,7 +19,8 @@ from fitune.config import RunConfig, read_config
 from fitune.errors import RunDirectoryError
 from fitune.machine.cards import context_prior
 from fitune.model.load import load_model
-from fitune.run.directory import RunDirectory, create_run, write_json
+from fitune.run.directory import RunDirectory, create_run
+from fitune.run.files import write_json
 from fitune.run.follow import RunFollower
 from fitune.run.memory import MemorySample, read_run_memory
 from fitune.run.metrics import append_line, read_events

@@ -15,7 +15,7 @@ from fitune.config.importers.translate import ImportedConfig, translate
 from fitune.errors import UsageError
 from fitune.language import say, translated
 from fitune.language.printable import json_text
-from fitune.run.directory import write_atomically
+from fitune.run.files import write_atomically
 
 app = App(name="config", help_prologue=examples("config"), help_format="plaintext")
 

@@ -20,7 +20,8 @@ from fitune.cli.progress import TrainingProgress
 from fitune.config import ModelConfig, read_config
 from fitune.errors import UsageError
 from fitune.language import translated
-from fitune.run.directory import RunDirectory, check_directory
+from fitune.run.directory import RunDirectory
+from fitune.run.files import check_directory
 from fitune.run.metrics import Summary, read_metrics
 from fitune.training.session import NewRun, run_session
 from fitune.units import format_bytes, format_seconds

@@ -24,7 +24,8 @@ from fitune.planning.search import choose_plan
 from fitune.report.compare import Comparison, compare
 from fitune.report.page import write_page
 from fitune.report.tables import comparison_json
-from fitune.run.directory import RunDirectory, read_run, write_json
+from fitune.run.directory import RunDirectory, read_run
+from fitune.run.files import write_json
 from fitune.run.sweep import (
     Entry,
     Search,

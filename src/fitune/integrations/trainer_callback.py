@@ -31,7 +31,8 @@ from fitune.batch_size.noise import (
 )
 from fitune.integrations.trainer_steps import SeenStep, StepReader
 from fitune.machine.process_memory import MemoryPeak, program_bytes, read_peak, reset_peak
-from fitune.run.directory import RunDirectory, create_run, working_on, write_json
+from fitune.run.directory import RunDirectory, create_run, working_on
+from fitune.run.files import write_json
 from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, summary_json
 from fitune.run.patient_files import PatientFiles
 from fitune.training.state import larger_peak

@@ -31,7 +31,7 @@ from fitune.report.compare import ComparedRun, Comparison
 from fitune.report.run_on_disk import EMBEDDED_ID, MAX_ANSWERS, MAX_EVENTS, RecordedRun, clip, embed
 from fitune.report.suggestion import Advice
 from fitune.report.verdicts import finite_loss, outcome, verdicts
-from fitune.run.directory import OUTPUT_KEY, write_atomically
+from fitune.run.files import OUTPUT_KEY, write_atomically
 from fitune.units import format_bytes, format_count, format_seconds
 
 PLOTLY = "plotly-basic-4.1.1.min.js.gz"

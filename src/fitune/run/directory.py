@@ -23,12 +23,10 @@ Whole files are written atomically: a reader sees the old or the new one, even a
 process that dies in any way loses its lock, which distinguishes a crashed run from a running one.
 """
 
-import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +34,23 @@ from typing import Literal
 
 from fitune.errors import RunDirectoryError
 from fitune.plain_files import find_strange, open_plain
+from fitune.run.files import check_directory, os_errors_reported
 from fitune.run.lock import has_heartbeat, heartbeat, is_locked, lock_holder, try_lock
 from fitune.run.metrics import Summary, read_summary
 
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
-OUTPUT_KEY = "run.output"
 #: file systems allow 255, and a number may follow
 MAX_NAME_BYTES = 240
+
+
+class _Inside:
+    """A path of RunDirectory: that of the file or directory of this name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "RunDirectory", _: type | None = None) -> Path:
+        return run.path / self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,90 +63,28 @@ class RunDirectory:
     def name(self) -> str:
         return self.path.name
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def env(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data.json"
-
-    @property
-    def reference(self) -> Path:
-        return self.path / "reference.json"
-
-    @property
-    def peak(self) -> Path:
-        return self.path / "peak.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def eval_rows(self) -> Path:
-        return self.path / "eval_rows.jsonl"
-
-    @property
-    def answers(self) -> Path:
-        return self.path / "answers.jsonl"
-
-    @property
-    def memory(self) -> Path:
-        return self.path / "memory.jsonl"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "journal.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def probe(self) -> Path:
-        return self.path / "probe.json"
-
-    @property
-    def branches(self) -> Path:
-        """During a probe: a run directory for each setting that is tried."""
-        return self.path / "probe"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last"
-
-    @property
-    def trackers(self) -> Path:
-        return self.path / "trackers"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock"
+    config = _Inside("config.yaml")
+    env = _Inside("env.json")
+    plan = _Inside("plan.json")
+    data = _Inside("data.json")
+    reference = _Inside("reference.json")
+    peak = _Inside("peak.json")
+    metrics = _Inside("metrics.jsonl")
+    eval_rows = _Inside("eval_rows.jsonl")
+    answers = _Inside("answers.jsonl")
+    memory = _Inside("memory.jsonl")
+    events = _Inside("events.jsonl")
+    journal = _Inside("journal.jsonl")
+    summary = _Inside("summary.json")
+    probe = _Inside("probe.json")
+    #: During a probe: a run directory for each setting that is tried.
+    branches = _Inside("probe")
+    report = _Inside("report.html")
+    checkpoints = _Inside("checkpoints")
+    best = _Inside("best")
+    last = _Inside("last")
+    trackers = _Inside("trackers")
+    lock = _Inside("lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +112,7 @@ def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
         raise RunDirectoryError(
             f"run.name has {len(os.fsencode(name)):,} bytes and may have {MAX_NAME_BYTES}: give a shorter one"
         )
-    with _os_errors_reported(f"{path} cannot be created"):
+    with os_errors_reported(f"{path} cannot be created"):
         check_directory(output)
         if (
             name.endswith("-")
@@ -187,26 +133,6 @@ def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
 
 
-def check_directory(directory: Path, *, key: str = OUTPUT_KEY) -> None:
-    """Raise RunDirectoryError if no file can be written into this directory, which need not exist yet.
-
-    key: the configuration key that the user can change.
-    """
-    place = next((place for place in (directory, *directory.parents) if place.exists()), Path("."))
-    if not place.is_dir():
-        raise RunDirectoryError(
-            f"{place} is not a directory, and {key} needs one: give another {key}"
-        )
-    if not shutil.disk_usage(place).total:  # /proc and similar
-        raise RunDirectoryError(
-            f"{place} is no place for files: its file system has 0 bytes; change {key}"
-        )
-    # Root may write into every directory, but not on a disk that is mounted read-only.
-    is_read_only = sys.platform != "win32" and os.statvfs(place).f_flag & os.ST_RDONLY
-    if is_read_only or not os.access(place, os.W_OK | os.X_OK):
-        raise RunDirectoryError(f"{place} cannot be written to by this user: change {key}")
-
-
 def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirectory:
     """Create the directory `output/name` with an empty checkpoints/.
 
@@ -218,7 +144,7 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
     and no others.
     """
     check_place(output, name, overwrite=overwrite)
-    with _os_errors_reported(f"{output / name} cannot be created"):
+    with os_errors_reported(f"{output / name} cannot be created"):
         output.mkdir(parents=True, exist_ok=True)
         run = (
             _next_number(output, name)
@@ -296,7 +222,7 @@ def list_runs(output: Path) -> list[RunRecord]:
         raise RunDirectoryError(
             f"{output} is not a directory: give the one that runs are kept in (run.output)"
         )
-    with _os_errors_reported(f"{output} cannot be read"):
+    with os_errors_reported(f"{output} cannot be read"):
         records = [record for path in output.iterdir() if (record := _listed(path)) is not None]
     return sorted(records, key=lambda record: (record.updated, record.run.name))
 
@@ -341,7 +267,7 @@ def working_on(run: RunDirectory) -> Iterator[None]:
 
     Raises RunDirectoryError if another process holds the lock.
     """
-    with _os_errors_reported(f"{run.lock} cannot be written"):
+    with os_errors_reported(f"{run.lock} cannot be written"):
         descriptor = open_plain(run.lock, os.O_RDWR | os.O_CREAT)
     try:
         locked = try_lock(descriptor)
@@ -353,61 +279,6 @@ def working_on(run: RunDirectory) -> Iterator[None]:
             yield
     finally:
         os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
-    """Write the whole file, or leave the old one after any failure.
-
-    place: the configuration key that the user can change.
-
-    Raises RunDirectoryError (no space, no permission).
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _os_errors_reported(f"{path} cannot be written", place=place):
-        try:
-            temporary.unlink(missing_ok=True)
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write JSON with `write_atomically`.
-
-    Raises ValueError for a number that is not finite, which JSON does not have.
-    """
-    write_atomically(
-        path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
-
-
-def sync_directory(path: Path) -> None:
-    """Make the renames in a directory survive a power cut.
-
-    Windows has no such call and does not need it.
-    """
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _os_errors_reported(what: str, *, place: str = OUTPUT_KEY) -> Iterator[None]:
-    """Turn an OSError into a RunDirectoryError that says what failed."""
-    try:
-        yield
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{what}: {error.strerror or error}; give another place with {place}"
-        ) from error
 
 
 def _is_run(path: Path) -> bool:

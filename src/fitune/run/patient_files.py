@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitune.errors import RunDirectoryError
-from fitune.run.directory import write_json
+from fitune.run.files import write_json
 from fitune.run.metrics import as_line, write_line
 from fitune.units import MIB, format_bytes
 

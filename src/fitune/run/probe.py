@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fitune.run.directory import write_json
+from fitune.run.files import write_json
 from fitune.run.interval import ConfidenceInterval
 from fitune.run.metrics import as_json
 

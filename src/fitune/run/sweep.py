@@ -27,7 +27,7 @@ from fitune.config.read import check_is_configuration
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import read_plain
-from fitune.run.directory import write_atomically, write_json
+from fitune.run.files import write_atomically, write_json
 
 SWEEP_FILE = "sweep.json"
 MOST_RUNS = 200

@@ -26,7 +26,8 @@ from fitune.plain_files import MAX_LOG_BYTES, read_plain
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.failure import Failure
 from fitune.recovery.observed import allocatable_bytes, survivable
-from fitune.run.directory import RunDirectory, write_json
+from fitune.run.directory import RunDirectory
+from fitune.run.files import write_json
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import merge_evaluations
 from fitune.training.samples import Data

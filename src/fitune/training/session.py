@@ -25,15 +25,8 @@ from fitune.model.source import check_source, check_tokenizer
 from fitune.plain_files import read_plain
 from fitune.planning.calibration import calibrate
 from fitune.planning.plan import plan_json
-from fitune.run.directory import (
-    RunDirectory,
-    check_place,
-    create_run,
-    name_prefix,
-    working_on,
-    write_atomically,
-    write_json,
-)
+from fitune.run.directory import RunDirectory, check_place, create_run, name_prefix, working_on
+from fitune.run.files import write_atomically, write_json
 from fitune.run.metrics import SCHEMA, RunEvent, Summary, append_line
 from fitune.run.probe import write_probe
 from fitune.run.watcher import Watcher

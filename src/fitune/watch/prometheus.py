@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import read_plain
-from fitune.run.directory import check_directory, write_atomically
+from fitune.run.files import check_directory, write_atomically
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import StepMetrics
 

@@ -28,7 +28,8 @@ from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.model.tensor_file import file_hash
 from fitune.plain_files import read_plain
-from fitune.run.directory import RunDirectory, sync_directory, write_json
+from fitune.run.directory import RunDirectory
+from fitune.run.files import sync_directory, write_json
 from fitune.training.state import RunState
 from fitune.units import MIB, format_bytes
 

@@ -16,7 +16,8 @@ from fitune.machine.out_of_memory import said_of, try_twice
 from fitune.machine.threads import start_thread
 from fitune.model.save import link_model, write_files
 from fitune.optimizers.table import OPTIMIZERS
-from fitune.run.directory import RunDirectory, sync_directory, write_json
+from fitune.run.directory import RunDirectory
+from fitune.run.files import sync_directory, write_json
 from fitune.run.patient_files import PatientFiles
 from fitune.step.assemble import Setup
 from fitune.training.checkpoint.content import (
