@@ -10,7 +10,7 @@ from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, read_argume
 from fitune.cli.output import Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, format_config
-from fitune.config.read import COMMAND_LINE
+from fitune.config.draft import COMMAND_LINE
 from fitune.distributed.processes import joined
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.language import say

@@ -26,6 +26,11 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9](_?[0-9])*(\.[0-9]*)?)([eE][-+]?[0-9]+
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
+def dotted(path: KeyPath) -> str:
+    """Write the path as a user does, such as 'optim.lr'."""
+    return ".".join(map(str, path))
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Holds where a value was written, and its text."""

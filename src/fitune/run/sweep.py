@@ -23,7 +23,7 @@ import yaml
 
 from fitune.boundary import parse_json
 from fitune.config import RunConfig, read_config
-from fitune.config.read import check_is_configuration
+from fitune.config.text_files import check_is_configuration
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import read_plain

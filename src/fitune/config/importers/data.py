@@ -7,7 +7,7 @@ from typing import Any
 
 from fitune.boundary import parse_json
 from fitune.config.importers.draft import Draft, is_off, without
-from fitune.config.read import decode, read_bounded
+from fitune.config.text_files import decode, read_bounded
 from fitune.config.wording import format_value
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError

@@ -16,8 +16,8 @@ from string import Template
 from typing import Any
 
 from fitune.config.importers.tools import MINIMIND, MINIMIND_SCRIPTS, TOOLS, Tool
-from fitune.config.read import DATA_WAY, check_is_configuration, decode, read_bounded
 from fitune.config.schema import RunConfig
+from fitune.config.text_files import DATA_WAY, check_is_configuration, decode, read_bounded
 from fitune.config.wording import format_value
 from fitune.config.yaml_lines import parse_scalar, parse_yaml
 from fitune.errors import ConfigError
