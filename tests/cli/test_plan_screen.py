@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from fitune.cli.output import Screen
-from fitune.cli.plan_table import about_seconds, first_answer_text, highlighted_settings, show_plan
+from fitune.cli.plan_table import first_answer_text, show_plan
 from fitune.config import read_config
 from fitune.planning.optimizer_facts import Span
 from fitune.planning.plan import FirstAnswer, Plan, closest, sizes_of, split_of
+from fitune.planning.plan_text import about_seconds, highlighted_settings
 from fitune.planning.search import choose_plan
 from tiny_models import TINY
 

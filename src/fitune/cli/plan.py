@@ -16,7 +16,7 @@ from fitune.cli.plan_trainer import plan_trainer
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
 from fitune.language import say
-from fitune.model.source import check_source
+from fitune.model.source import check_source, directory_of
 from fitune.planning.choices import settings_of_candidate
 from fitune.planning.limits import NO_DATA
 from fitune.planning.optimizer_facts import unusual_rate
@@ -252,7 +252,7 @@ def _accept_model(
             raise UsageError(
                 f"{words[0]} and --model {flags.model} are two models: give one of them"
             )
-        flags = replace(flags, model=str(path.parent) if path.name == "config.json" else words[0])
+        flags = replace(flags, model=directory_of(words[0]))
         words = words[1:]
     if not flags.data and "data.train" not in named:
         given = [*given, f"data.train={NO_DATA}"]

@@ -15,11 +15,11 @@ from fitune.batch_size.scaling import (
     settings_of,
 )
 from fitune.cli.output import console, print_json, table
-from fitune.cli.plan_table import fits_text, tokens_per_second
 from fitune.config import OptimConfig, RunConfig
 from fitune.errors import UsageError
 from fitune.language import say, translated
 from fitune.planning.plan import Candidate, Plan, closest, plan_json
+from fitune.planning.plan_text import fits_text, predicted_rate
 from fitune.units import format_count, format_gib
 
 
@@ -88,7 +88,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
         ", ".join(candidate.techniques),
         format_gib(candidate.predicted_device_bytes, 1),
         fits_text(candidate, left),
-        format_count(tokens_per_second(plan, candidate)),
+        format_count(predicted_rate(plan, candidate)),
     )
 
 

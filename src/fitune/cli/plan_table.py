@@ -1,6 +1,5 @@
 """Print a plan: the setting, the live memory at the peak, the candidates and other estimates."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,8 +8,16 @@ from rich.table import Table
 
 from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
-from fitune.language import pad, say, translated
-from fitune.planning.plan import SHOWN, Candidate, FirstAnswer, Plan, closest, split_of
+from fitune.language import pad, say
+from fitune.planning.plan import Candidate, FirstAnswer, Plan, closest, split_of
+from fitune.planning.plan_text import (
+    changes_of,
+    fits_text,
+    highlighted_settings,
+    predicted_rate,
+    shown_assumptions,
+    verdict,
+)
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 if TYPE_CHECKING:
@@ -52,8 +59,8 @@ def show_plan(
     """
     # A file or a pipe gets whole lines, which are easier to search.
     whole = not screen.is_terminal
-    if (verdict := _verdict(plan)) is not None:
-        screen.print(verdict, soft_wrap=whole)
+    if (answer := verdict(plan)) is not None:
+        screen.print(answer, soft_wrap=whole)
         screen.print()
     for title, line in (*_heading(plan), *training_lines(plan.training)):
         text = f"{pad(title, _TITLE_WIDTH)}{line}"
@@ -109,26 +116,6 @@ def first_answer_text(answer: FirstAnswer) -> str:
     )
 
 
-def _verdict(plan: Plan) -> str | None:
-    """Return the answer of the plan in one line; None if nothing fits, which is an error."""
-    if plan.chosen is None:
-        return None
-    chosen = plan.candidates[plan.chosen]
-    words = {
-        "split": split_of(plan, chosen).sentence,
-        "needed": format_gib(chosen.predicted_device_bytes, 1),
-        "limit": format_gib(plan.limit_bytes, 1),
-    }
-    per_step, length = chosen.predicted_seconds_per_step, plan.training.length
-    if per_step is None or length is None:
-        return say("{split}: {needed} of {limit} GiB", **words)
-    return say(
-        "{split}: {needed} of {limit} GiB, about {time}",
-        **words,
-        time=about_seconds(per_step * length.steps),
-    )
-
-
 def html_plan(plan: Plan) -> str:
     """Return the plan as an HTML block for a notebook."""
     return html_block(lambda screen: show_plan(plan, screen, more=MORE_IN_PYTHON))
@@ -157,74 +144,6 @@ def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
         if found is not None:
             rows.append((name, format_bytes(predicted), format_bytes(found)))
     screen.print(table(("", f">{say('predicted')}", f">{say('measured')}"), rows))
-
-
-def highlighted_settings(plan: Plan) -> dict[int, str]:
-    """Return {number: label} of the candidates that answer the most frequent questions.
-
-    They are the configured candidate, the fastest that fits, the one with the least memory and one
-    in between. If nothing fits, they are the closest one and those that change the result.
-    """
-    found: dict[int, list[str]] = {}
-
-    def call(number: int, name: str) -> None:
-        found.setdefault(number, []).append(say(name))
-
-    if plan.configured is not None:
-        call(plan.configured, "yours")
-    if plan.chosen is None:
-        call(plan.candidates.index(closest(plan)), "closest")
-        for number, candidate in enumerate(plan.candidates):
-            if candidate.result != "same":
-                call(number, "instead")
-    else:
-        call(plan.chosen, "fastest")
-        between, leanest = _leaner(plan, plan.chosen)
-        if between is not None:
-            call(between, "between")
-        if leanest is not None:
-            call(leanest, "leanest")
-    return {number: ", ".join(names) for number, names in found.items()}
-
-
-def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
-    """Return (a candidate about halfway in memory, the one with the least memory), by number.
-
-    Considers candidates that fit and that need less memory than all faster ones.
-    """
-    sizes = [candidate.predicted_device_bytes for candidate in plan.candidates]
-    least, front = sizes[fastest], []
-    for number, candidate in enumerate(plan.candidates):
-        if candidate.result == "same" and candidate.fits and sizes[number] < least:
-            least = sizes[number]
-            front.append(number)
-    if not front:
-        return None, None
-    *others, leanest = front
-    halfway = math.sqrt(sizes[fastest] * sizes[leanest])
-    return min(
-        others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None
-    ), leanest
-
-
-def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
-    seconds = candidate.predicted_seconds_per_step
-    return None if seconds is None else float(plan.data["tokens_per_step"]) / seconds
-
-
-def about_seconds(seconds: float) -> str:
-    """Format a predicted time in its largest unit: '3 hours', '40 minutes', '20 seconds'.
-
-    A prediction is not more precise than that.
-    """
-    for size, unit in (
-        (86400, "{number} days"),
-        (3600, "{number} hours"),
-        (60, "{number} minutes"),
-    ):
-        if seconds >= 1.5 * size:
-            return say(unit, number=f"{seconds / size:.0f}")
-    return say("{number} seconds", number=f"{seconds:.0f}") if seconds >= 1.5 else say("a second")
 
 
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -346,35 +265,18 @@ def _row(plan: Plan, index: int, label: str, labels: Mapping[int, str]) -> Seque
     name = f"{pad(label, width)}  " if width else ""
     candidate = plan.candidates[index]
     left = plan.limit_bytes - candidate.predicted_device_bytes
-    rate = tokens_per_second(plan, candidate)
+    rate = predicted_rate(plan, candidate)
     epoch = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
-    changes = [candidate.recompute, *(["offload"] if candidate.offload_activations else [])]
-    reference = plan.candidates[0]
-    both = len({each.loss for each in plan.candidates}) > 1
-    changes += [say("full logits")] if candidate.loss == "full" and both else []
-    changes += [
-        getattr(candidate, name)
-        for name in ("optimizer", "method", "precision")
-        if getattr(candidate, name) != getattr(reference, name)
-    ]
     return (
         f"{index:>2}{'*' if index == plan.chosen else ' '} "
         f"{name}{split_of(plan, candidate).product}, "
-        f"{', '.join(changes)}",
+        f"{', '.join(changes_of(plan, candidate))}",
         format_gib(candidate.predicted_device_bytes, 1),
         fits_text(candidate, left),
         format_count(rate),
         format_seconds(epoch),
         say(candidate.result),
     )
-
-
-def fits_text(candidate: Candidate, left_bytes: int) -> str:
-    if candidate.fits:
-        return say("yes, {left} left", left=format_gib(left_bytes, 1))
-    if candidate.fits is None:
-        return say("perhaps, at most +{more}", more=format_gib(-left_bytes, 1))
-    return say("no, +{more}", more=format_gib(-left_bytes, 1))
 
 
 def _footnotes(plan: Plan) -> Iterator[str]:
@@ -390,5 +292,4 @@ def _footnotes(plan: Plan) -> Iterator[str]:
             f"  {other.name}: {say(other.quantity)} {format_bytes(other.num_bytes)} "
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
-    yield from map(translated, plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2])
-    yield from (translated(line) for line in plan.assumptions if line.startswith(SHOWN))
+    yield from shown_assumptions(plan)

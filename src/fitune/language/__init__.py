@@ -13,7 +13,9 @@ as an error of another library, is shown in English.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal
 
@@ -22,13 +24,27 @@ from fitune.language.counts import agree_with_counts
 from fitune.language.sentences import SENTENCES
 
 Language = Literal["en", "zh"]
+#: of the request that is answered, where each may ask for its own
+_spoken: ContextVar[Language | None] = ContextVar("language", default=None)
+
+
+@contextmanager
+def speaking(language: Language | None) -> Iterator[None]:
+    """Use this language inside of the block, None for that of the environment."""
+    before = _spoken.set(language)
+    try:
+        yield
+    finally:
+        _spoken.reset(before)
 
 
 def choose_language(environment: Mapping[str, str] = os.environ) -> Language:
     """Return 'zh' or 'en' by the first of FITUNE_LANG, LC_ALL, LC_MESSAGES and LANG that is set.
 
-    A value that begins with 'zh' selects Chinese.
+    A value that begins with 'zh' selects Chinese. Inside of `speaking`, its language counts.
     """
+    if (spoken := _spoken.get()) is not None:
+        return spoken
     names = ("FITUNE_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
     chosen = next((value for name in names if (value := environment.get(name))), "")
     return "zh" if chosen.lower().startswith("zh") else "en"

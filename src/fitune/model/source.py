@@ -24,6 +24,12 @@ _TOKENIZER_FILES = (
 )
 
 
+def directory_of(source: str) -> str:
+    """Return the directory of a config.json, which stands for its model; else the source itself."""
+    path = Path(source)
+    return str(path.parent) if path.name == "config.json" else source
+
+
 def source_kind(source: str) -> Kind:
     """Return what kind of source it is.
 

@@ -105,6 +105,25 @@ def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Itera
             )
 
 
+def open_part(
+    wanted: Choice, choices: Sequence[Choice], batch: BatchConfig, lengths: Lengths
+) -> Choice:
+    """Return the setting that is most like `wanted` among those that the configuration allows.
+
+    choices: those of `same_choices`. wanted.micro_rows: samples of the longest length.
+    """
+    alike = [
+        choice
+        for choice in choices
+        if (choice.recompute, choice.loss, choice.offloads)
+        == (wanted.recompute, wanted.loss, wanted.offloads)
+    ] or choices
+    if not batch.is_micro_open or wanted.micro_rows is None:
+        return alike[0]
+    rows = min(wanted.micro_rows, batch.rows_per_step)
+    return replace(alike[0], micro_rows=None, micro_tokens=rows * lengths.longest_tokens)
+
+
 def host_choices(model: ModelConfig, optim: OptimConfig, choices: Sequence[Choice]) -> list[Choice]:
     """Return `choices` with AdamW's state and update on the host.
 

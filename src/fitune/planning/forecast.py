@@ -24,6 +24,7 @@ from fitune.planning.plan import ADAMW_HOST
 from fitune.recorder.events import TRANSFER, Category
 
 if TYPE_CHECKING:
+    from fitune.trace.library import Recordings
     from fitune.trace.own_step import Pass, RecordedStep
 
 #: (tokens, supervised tokens) of each sample of a micro-batch
@@ -74,6 +75,41 @@ class Forecast:
         return replace(self, fits=self.device_bytes <= limit_bytes)
 
 
+class Library:
+    """The recordings of one process, which several plans may share, and the program's own memory.
+
+    Recordings of one model serve every plan of it, whatever its batch, card or limit.
+    """
+
+    def __init__(self) -> None:
+        #: the memory of this process before its first recording; of use on a CPU alone
+        self.program_bytes = psutil.Process().memory_info().rss
+        self._recordings: Recordings | None = None
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def known(self, key: object) -> dict[str, Any]:
+        """Return the results for this key so far, of this process or from the cache."""
+        text = repr(key)
+        if text not in self._known:
+            self._known[text] = read_cached("plans", key) or {}
+        return self._known[text]
+
+    def begin_plan(self) -> None:
+        """Give this plan as much time for its recordings as the first one had."""
+        if self._recordings is not None:
+            self._recordings.renew_patience()
+
+    def load(self) -> "Recordings":
+        """Import torch and transformers, measure the program, and return the recordings."""
+        if self._recordings is None:
+            with collections_paused():
+                from fitune.trace.library import Recordings
+
+            self._recordings = Recordings()
+            self.program_bytes = psutil.Process().memory_info().rss
+        return self._recordings
+
+
 class Forecaster:
     """Forecasts the settings of one configuration on one device.
 
@@ -81,19 +117,26 @@ class Forecaster:
     """
 
     def __init__(
-        self, config: RunConfig, limits: MemoryLimits, lengths: Lengths, *, num_shards: int = 1
+        self,
+        config: RunConfig,
+        limits: MemoryLimits,
+        lengths: Lengths,
+        *,
+        num_shards: int = 1,
+        library: "Library | None" = None,
     ) -> None:
         self.config, self.limits, self.lengths = config, limits, lengths
         self.num_shards = num_shards
         device = limits.device
-        self._key = [
+        # work is the same whatever the samples of a step are
+        self._work_key = [
             config.model_dump(
                 mode="json", include={"model", "loss", "objective", "preference", "eval"}
             ),
             config.optim.model_dump(
                 mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}
             ),
-            [config.data.packing, config.batch.rows_per_step],
+            config.data.packing,
             [config.memory.allocator, config.memory.routing],
             [device.name, device.total_bytes, device.compute_capability],
             allocator_name() if device.kind == "cpu" else None,
@@ -102,10 +145,11 @@ class Forecaster:
             file_state(config.model.source),
             [field.name for field in fields(Forecast)],
         ]
-        self.known: dict[str, Any] = read_cached("plans", self._key) or {}
+        self._key = [*self._work_key, config.batch.rows_per_step]
+        self._library = library or Library()
+        self.known = self._library.known(self._key)
         self._num_read = len(self.known)
-        self._recordings: object = None
-        self._program_bytes = psutil.Process().memory_info().rss
+        self._is_checked = False
 
     def forecast(self, choice: Choice) -> Forecast:
         """Return the forecast of a setting, from the cache if it is there.
@@ -133,7 +177,8 @@ class Forecaster:
 
     def learn(self, known: Mapping[str, object]) -> None:
         """Add the results of another process, for the same configuration and device."""
-        self.known = {**known, **self.known}
+        for key in known.keys() - self.known.keys():
+            self.known[key] = known[key]
 
     def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
         """Return the work of a step whose micro-batches have `tokens` tokens.
@@ -143,7 +188,10 @@ class Forecaster:
         """
         key = _work_key(variant, tokens, supervised_fraction)
         if key not in self.known:
-            self.known[key] = asdict(self._record(variant, tokens, supervised_fraction))
+            works = self._library.known(self._work_key)
+            if key not in works:
+                works[key] = asdict(self._record(variant, tokens, supervised_fraction))
+            self.known[key] = works[key]
         return _step_work(self.known[key])
 
     def shape(self, choice: Choice, *, packed: bool | None = None) -> StepShape:
@@ -177,8 +225,14 @@ class Forecaster:
         key = f"other routing {choice}"
         if key not in self.known:
             config = with_routing(self.config, other_routing(self.config.memory.routing))
-            other = Forecaster(config, self.limits, self.lengths, num_shards=self.num_shards)
-            other._recordings = self.load()  # shared, since their time has one limit together
+            # recordings are shared, since their time has one limit together
+            other = Forecaster(
+                config,
+                self.limits,
+                self.lengths,
+                num_shards=self.num_shards,
+                library=self._library,
+            )
             self.known[key] = other.forecast(choice).allocated_bytes
         return int(self.known[key])
 
@@ -199,25 +253,21 @@ class Forecaster:
             if found is None or host_bytes is None or found.host_bytes <= host_bytes:
                 return found
             return replace(found, fits=False)
-        program_bytes = max(self.known.get("program_bytes", 0), self._program_bytes)
+        program_bytes = max(self.known.get("program_bytes", 0), self._library.program_bytes)
         fits = forecast.reserved_bytes + program_bytes <= limit_bytes
         return replace(forecast, context_bytes=program_bytes, fits=fits)
 
-    def load(self) -> Any:
-        """Import torch and transformers, and return the recordings of this process.
-
-        Before the first recording the memory of the program itself is measured.
-        """
-        with collections_paused():
+    def load(self) -> "Recordings":
+        """Import torch and transformers, and return the recordings of this process."""
+        recordings = self._library.load()
+        if not self._is_checked:
             from fitune.model.load import check_length
-            from fitune.trace.library import Recordings
 
-        if self._recordings is None:
             check_length(self.config.model, self.config.data.max_length)
-            self._recordings = Recordings()
+            self._is_checked = True
             if self._num_read == 0:
-                self.known["program_bytes"] = psutil.Process().memory_info().rss
-        return self._recordings
+                self.known["program_bytes"] = self._library.program_bytes
+        return recordings
 
     def _predict(self, choice: Choice) -> Forecast:
         recordings = self.load()
@@ -246,7 +296,8 @@ class Forecaster:
         # this recording gives the work of a step too if it has two such micro-batches
         if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
             key = _work_key(choice.variant, choice.micro_tokens, 1.0)
-            self.known[key] = asdict(
+            works = self._library.known(self._work_key)
+            works[key] = self.known[key] = asdict(
                 work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
             )
         limit_bytes = self.limits.limit_bytes

@@ -13,8 +13,8 @@ from typing import Literal
 from fitune.config import RunConfig
 from fitune.language import say
 from fitune.planning.answer import other_routing_notes, plan_of
-from fitune.planning.choices import Choice, proposals
-from fitune.planning.forecast import Forecaster
+from fitune.planning.choices import Choice, open_part, proposals
+from fitune.planning.forecast import Forecaster, Library
 from fitune.planning.limits import Lengths, MemoryLimits, find_lengths, find_limits
 from fitune.planning.plan import FirstAnswer, Plan
 from fitune.planning.predicted_settings import PredictedSettings
@@ -30,8 +30,9 @@ def choose_plan(
     gpu: str | None = None,
     limits: MemoryLimits | None = None,
     lengths: Lengths | None = None,
-    search: Search = "all",
+    search: Search | Choice = "all",
     num_gpus: int = 1,
+    library: Library | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_first: Callable[[FirstAnswer], None] | None = None,
 ) -> Plan:
@@ -42,8 +43,9 @@ def choose_plan(
     search: "all" predicts every candidate. "brief" predicts those that most users want to see: the
         fastest that fits, the same setting with smaller micro-batches, and the setting that needs
         the least memory. "fastest" stops as soon as no other candidate can be faster than one that
-        fits.
+        fits. A choice is predicted alone, as far as the configuration leaves it open.
     num_gpus: the number of equal cards that share the samples of a step; memory is of each card.
+    library: the recordings of earlier plans; the result is the same as without it.
     on_stage: called with a text that says what is being done.
     on_first: called with the answer whether the first predicted setting fits: the configured one,
         unless the configuration leaves the micro-batch open.
@@ -51,6 +53,8 @@ def choose_plan(
     Raises what the checks of the configuration and of the model raise.
     """
     notify = on_stage or (lambda _: None)
+    if library is not None:
+        library.begin_plan()
     num_shards = shards_of(config.model, num_gpus)
     limits = limits or find_limits(config.memory, gpu=gpu)
     if num_shards == 1:
@@ -58,7 +62,8 @@ def choose_plan(
     if lengths is None:
         notify(say("reading the data"))
         lengths = find_lengths(config)
-    forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
+    own = share_of(config, num_gpus)
+    forecaster = Forecaster(own, limits, lengths, num_shards=num_shards, library=library)
     if not forecaster.known:
         notify(say("loading torch and transformers"))
         forecaster.load()
@@ -66,13 +71,14 @@ def choose_plan(
         notify(say("measuring how fast this processor is"))
     searching = _Search(config, forecaster, notify, num_gpus=num_gpus, on_first=on_first)
     searches = {"all": searching.thorough, "brief": searching.brief, "fastest": searching.lean}
-    chosen = searches[search]()
+    chosen = searching.alone(search) if isinstance(search, Choice) else searches[search]()
     if chosen is None and config.model.compile:
         chosen = searching.nearest()
     # a setting that took too long to record may fit, so nobody knows that nothing fits
     if chosen is None and searching.too_long is not None:
         raise searching.too_long
-    notes = list(other_routing_notes(searching, chosen)) if search != "fastest" and chosen else ()
+    is_whole = search in ("all", "brief")
+    notes = list(other_routing_notes(searching, chosen)) if is_whole and chosen else ()
     plan = plan_of(searching, chosen, notes)
     forecaster.save()
     return plan
@@ -117,6 +123,12 @@ class _Search(PredictedSettings):
             return self.thorough()
         self.look_at([leanest])
         return chosen
+
+    def alone(self, wanted: Choice) -> Choice | None:
+        """Predict this setting alone, and return it if it fits."""
+        choice = open_part(wanted, self.choices, self.config.batch, self.lengths)
+        self.looked_at[choice] = found = self.forecaster.forecast(choice)
+        return choice if found.fits else None
 
     def lean(self) -> Choice | None:
         """Predict as few settings as possible, and return the fastest that fits.

@@ -39,6 +39,10 @@ class Patience:
     """
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin to count anew, for another prediction or plan."""
         self._spent = 0.0
         self._num_operators = 0
         self._places: Counter[str] = Counter()

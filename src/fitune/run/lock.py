@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from fitune.boundary import parse_json
 from fitune.plain_files import open_plain, read_plain
 
@@ -80,6 +82,24 @@ def lock_holder(lock: Path) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def holder_here(lock: Path) -> int | None:
+    """Return the id of this machine's process that holds the lock; None if none is known to.
+
+    The file alone is not believed, since it may come from elsewhere: the process has it open.
+    """
+    if not is_locked(lock):
+        return None
+    try:
+        holder = parse_json(read_plain(lock))
+        if holder["host"] != socket.gethostname():
+            return None
+        process = psutil.Process(holder["pid"])
+        files = {Path(file.path) for file in process.open_files()}
+        return process.pid if lock.resolve() in files else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
 
 
 @contextmanager

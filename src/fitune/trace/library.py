@@ -68,6 +68,10 @@ class Recordings:
         self._models: dict[str, RecordedModel] = {}
         self._patience = Patience()
 
+    def renew_patience(self) -> None:
+        """Give the recordings of another plan as much time as those of the first."""
+        self._patience.renew()
+
     def step(
         self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None
     ) -> RecordedStep:
