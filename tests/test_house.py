@@ -31,7 +31,8 @@ FLOORS = {
     "planning": 11, "recovery": 11, "watch": 11,
     "training": 12,
     "integrations": 13, "report": 13,
-    "cli": 14,
+    "board": 14,
+    "cli": 15,
 }  # fmt: skip
 #: What stands outside of the rooms: the public verbs, and `python -m fitune`.
 OUTSIDE = {"__init__", "__main__"}

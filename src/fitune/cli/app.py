@@ -39,6 +39,7 @@ VERBS = {
     "train": "Train by a configuration.",
     "sweep": "Several configurations one after another, then compared.",
     "watch": "A run live, or as it ended: progress, memory, loss, events.",
+    "board": "A page in the browser: plan, start, watch and compare runs.",
     "runs": "The runs here, one line each.",
     "compare": "Runs side by side, at equal tokens.",
     "advise": "What to change in a run, best first.",

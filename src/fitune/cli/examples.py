@@ -15,6 +15,7 @@ EXAMPLES = {
     "train": ("fitune train sft.yaml optim.lr=1e-5 --name second", "fitune train --resume latest"),
     "sweep": ("fitune sweep three.yaml", "fitune sweep three.yaml --dry-run"),
     "watch": ("fitune watch", "fitune watch first --once"),
+    "board": ("fitune board", "fitune board elsewhere --port 8800 --open"),
     "runs": ("fitune runs", "fitune runs elsewhere --format json"),
     "compare": ("fitune compare first second", "fitune compare first second --at 24M --md"),
     "advise": ("fitune advise first", "fitune advise first second"),

@@ -1,5 +1,6 @@
 """The Chinese of what `say` is given, by its English. One part for each command, so that they grow apart."""
 
+from fitune.language.chinese_board import BOARD
 from fitune.language.chinese_oom import OUT_OF_MEMORY
 
 _PLAN: dict[str, str] = {
@@ -420,4 +421,5 @@ CHINESE: dict[str, str] = {
     **_SCRIPT,
     **_CHAT,
     **OUT_OF_MEMORY,
+    **BOARD,
 }

@@ -6,6 +6,7 @@ Such a sentence stays English in JSON and in what is written into a run director
 """
 
 from fitune.language.sentences_after_training import AFTER_TRAINING
+from fitune.language.sentences_board import BOARD_SENTENCES
 from fitune.language.sentences_commands import COMMANDS
 from fitune.language.sentences_models import MODELS
 from fitune.language.sentences_runs import RUNS
@@ -368,5 +369,5 @@ _REASONS = {
 
 SENTENCES: dict[str, str] = {
     **_MESSAGES, **_ROWS, **_FILES, **_TEMPLATES, **_NOTES, **_LOGS, **_IMPORTS, **_REASONS,
-    **SCREENS, **COMMANDS, **AFTER_TRAINING, **MODELS, **RUNS, **SCRIPTS,
+    **SCREENS, **COMMANDS, **BOARD_SENTENCES, **AFTER_TRAINING, **MODELS, **RUNS, **SCRIPTS,
 }  # fmt: skip
