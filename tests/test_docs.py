@@ -25,6 +25,7 @@ READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "fitune demo": "cli/test_demo.py",
+    "fitune board": "board/test_access.py",
     "fitune chat runs/first": "cli/test_chat.py",
     "fitune chat first": "cli/test_chat.py",
     'fitune chat first --base --system "Answer briefly."': "cli/test_chat.py",

@@ -117,6 +117,7 @@ NOT_SAID = (
     r"Korthikanti et al\. 2022|Total (train batch size|optimization steps)|limits of the block",  # names
     r"^3 of 3 \(3 tokens with padding\)$",  # a sentence that begins with values
     r"keys did not match$",  # words of peft
+    r"^default-src 'none'",  # a browser's content security policy
     r"Tried to allocate 3$|total capacity of 3|memory in use$|(allocated|but unallocated|in total) ?(by PyTorch)?$",
     # words of PyTorch, which are read
     r"as the script lets them be|is the longest answer\?$|^from fitune",  # samples of a file that is not there; code
@@ -266,8 +267,9 @@ def test_a_sentence_of_a_run_is_translated_to_its_last_word(
     assert not re.search(r"\b(rows?|of|the|samples|predicted|or|at)\b", told)
 
 
-@pytest.mark.parametrize("verb", ["", "env", "check", "plan", "plan-script", "train", "sweep", "watch", "runs", "compare",
-                                  "advise", "report", "chat", "export", "demo", "config", "config import"])  # fmt: skip
+@pytest.mark.parametrize("verb", ["", "env", "check", "plan", "plan-script", "train", "sweep", "watch", "board", "runs",
+                                  "compare", "advise", "report", "chat", "export", "demo", "config",
+                                  "config import"])  # fmt: skip
 def test_the_help_of_every_verb_is_in_chinese(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
