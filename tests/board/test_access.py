@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -186,11 +187,21 @@ def test_the_command_says_where_the_page_is_and_ends_by_ctrl_c(
     assert psutil.Process(process.pid).memory_info().rss < 300e6
     listening = psutil.Process(process.pid).net_connections()
     assert {each.laddr.ip for each in listening if each.status == "LISTEN"} == {"127.0.0.1"}
+    # a request that is still answered is cut off in silence
+    place, token = url.removeprefix("http://").split("/#token=")
+    connection = HTTPConnection(place)
+    body = json.dumps({"settings": {"model.source": "minimind2", "memory.gpu": "RTX 3060 12GB"}})
+    headers = {"x-fitune-token": token, "content-type": "application/json"}
+    connection.request("POST", "/api/plan", body, headers)
+    assert connection.getresponse().readline() == b"event: commands\n"
+    planning = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "ssh -L" in told
     assert "Traceback" not in told
+    assert psutil.wait_procs(planning, timeout=10)[1] == []
+    connection.close()
 
 
 def test_a_port_in_use_is_said_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from fitune.board.commands import plan_command, settings_text, settings_yaml, train_command
+from fitune.board.commands import (
+    plan_command,
+    settings_text,
+    settings_yaml,
+    train_arguments,
+    train_command,
+)
 from fitune.board.planner import Planner, with_change
 from fitune.board.planning import next_moves
 from fitune.board.processes import Launcher
@@ -176,10 +182,10 @@ def test_commands_stand_for_any_text() -> None:
         "data.train": "[a.jsonl,b.jsonl]",
     }
     assert shlex.split(plan_command(strange)) == [
-        "fitune", "plan", "--model", "-a=b;rm -rf 'x'", "--name", "a b", "data.train=[a.jsonl,b.jsonl]",
+        "fitune", "plan", "model.source=-a=b;rm -rf 'x'", "--name", "a b", "data.train=[a.jsonl,b.jsonl]",
     ]  # fmt: skip
-    written = Path("strange.yaml")
     config = read_config(None, settings_text(strange)).config
     assert [source.path for source in config.data.train_sources] == ["a.jsonl", "b.jsonl"]
     assert "rm -rf" in settings_yaml(strange)
-    assert not written.exists()
+    flag = train_arguments({"model.source": "--overwrite", "run.name": "--overwrite"})
+    assert flag == ["train", "model.source=--overwrite", "run.name=--overwrite"]

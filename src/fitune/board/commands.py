@@ -10,6 +10,7 @@ from fitune.planning.limits import NO_DATA
 
 #: configuration key -> the flag of the command line for it
 _FLAGS = {
+    "model.source": "--model",
     "data.train": "--data",
     "data.max_length": "--max-length",
     "batch.effective": "--batch",
@@ -32,7 +33,9 @@ def settings_text(settings: Mapping[str, str]) -> tuple[str, ...]:
 def plan_command(settings: Mapping[str, str]) -> str:
     """Return the `fitune plan` that gives the plan of these settings."""
     others = dict(settings)
-    words = ["fitune", "plan", *_model(others.pop("model.source"))]
+    words = ["fitune", "plan"]
+    if _is_plain(others["model.source"]):
+        words.append(others.pop("model.source"))
     for key, flag in (("memory.gpu", "--gpu"), ("memory.budget", "--memory-limit")):
         if key in others:
             words += [flag, others.pop(key)]
@@ -42,7 +45,7 @@ def plan_command(settings: Mapping[str, str]) -> str:
 def train_arguments(settings: Mapping[str, str]) -> list[str]:
     """Return the arguments of the `fitune train` that trains with these settings."""
     others = {key: value for key, value in settings.items() if key not in _PLAN_ALONE}
-    return ["train", "--model", others.pop("model.source"), *_words(others)]
+    return ["train", *_words(others)]
 
 
 def train_command(settings: Mapping[str, str]) -> str:
@@ -56,15 +59,16 @@ def settings_yaml(settings: Mapping[str, str]) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _model(source: str) -> list[str]:
-    """Return the model as a word, or with its flag where the word could be taken for another."""
-    if "=" in source or source.startswith("-") or source.endswith((".yaml", ".yml")):
-        return ["--model", source]
-    return [source]
+def _is_plain(source: str) -> bool:
+    """Return whether a model may stand as a word of its own, which is not taken for another."""
+    return (
+        "=" not in source and not source.startswith("-") and not source.endswith((".yaml", ".yml"))
+    )
 
 
 def _words(settings: Mapping[str, str]) -> Iterator[str]:
     for key, value in settings.items():
+        # a value that looks like a flag would be taken for one
         if key in _FLAGS and not value.startswith(("-", "[")):
             yield from (_FLAGS[key], value)
         else:

@@ -7,6 +7,7 @@ settings next to it, until it is asked again. It ends with the server.
 """
 
 import multiprocessing
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -142,8 +143,10 @@ class _SupersededError(Exception):
 
 def _answer_questions(connection: Connection) -> None:
     """Answer the questions that come, the newest alone, until the other end is closed."""
+    # Ctrl-C reaches this process too, which the server ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     library = Library()
-    with suppress(EOFError, OSError, KeyboardInterrupt):
+    with suppress(EOFError, OSError):
         while True:
             number, question = connection.recv()
             while connection.poll():

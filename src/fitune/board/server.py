@@ -20,6 +20,7 @@ from fitune.board.access import HOSTS, AccessCheck
 from fitune.board.page import SCRIPTS, STYLES, asset, board_page
 from fitune.board.planner import Planner
 from fitune.board.processes import Launcher
+from fitune.boundary import is_debugging
 from fitune.errors import FituneError, UsageError
 from fitune.language import say, translated
 
@@ -75,6 +76,8 @@ def serve(directory: Path, *, port: int, on_start: Callable[[Address], None]) ->
         config = uvicorn.Config(
             app,
             log_config=None,
+            # it would show a traceback for each request that the end of the server cuts off
+            log_level=None if is_debugging() else "critical",
             access_log=False,
             lifespan="off",
             server_header=False,
