@@ -109,3 +109,7 @@ def test_the_launches_of_this_processor_are_measured_once(
     rates.launch_seconds_here.cache_clear()
     assert 1e-6 < rates.launch_seconds_here() < 1e-2, "read from the cache"
     rates.launch_seconds_here.cache_clear()
+
+
+def test_a_long_step_is_said_in_whole_milliseconds() -> None:
+    assert "46,600 ms" in compile_note(46.6, 46.5, num_steps=None)

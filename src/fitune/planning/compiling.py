@@ -50,11 +50,7 @@ def compile_note(seconds: float, compiled_seconds: float, *, num_steps: float | 
     num_steps: of the run; None where its length is not known.
     """
     saved = seconds - compiled_seconds
-    whole_ms, saved_ms, compiling = (
-        f"{1000 * seconds:.3g}",
-        f"{1000 * saved:.3g}",
-        f"{COMPILE_SECONDS:.0f}",
-    )
+    whole_ms, saved_ms, compiling = (_ms(seconds), _ms(saved), f"{COMPILE_SECONDS:.0f}")
     if saved < LEAST_SHARE * seconds:
         return (
             f"model.compile=true would save nothing of the {whole_ms} ms of a step (predicted, not "
@@ -78,3 +74,7 @@ def compile_note(seconds: float, compiled_seconds: float, *, num_steps: float | 
         f"compiling takes about {compiling} s (predicted, not measured): not worth it, {of_run} "
         "over this run"
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:{'.3g' if seconds < 1 else ',.0f'}}"
