@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -29,8 +30,19 @@ def source(name: str, directory: Path) -> str:
         return name
     path = directory / name
     path.mkdir(exist_ok=True)
-    architecture(name).save_pretrained(path)
+    config = architecture(name)
+    config.save_pretrained(path)
+    _tokenizer(config.vocab_size).save_pretrained(path)
     return str(path)
+
+
+def _tokenizer(num_words: int) -> Any:
+    """One that knows as many words as the model has rows."""
+    words = {f"w{number}": number for number in range(num_words)}
+    model = tokenizers.models.WordLevel(words, unk_token="w0")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), unk_token="w0"
+    )
 
 
 def causal_model(name: str, *, dtype: str, lora: bool = False, attention: str = "sdpa") -> Any:

@@ -54,7 +54,11 @@ def make_batch(seed: int = 0) -> Batch:
 
 
 def make_model(
-    family: str = "llama", *, tied: bool = True, lora: bool | LoraConfig = False
+    family: str = "llama",
+    *,
+    tied: bool = True,
+    lora: bool | LoraConfig = False,
+    new_ids: tuple[int, ...] = (),
 ) -> nn.Module:
     config = TINY[family].__class__.from_dict(
         TINY[family].to_dict() | {"tie_word_embeddings": tied}
@@ -62,7 +66,7 @@ def make_model(
     model = build_model(config, attention=attention_name(config, "auto"), seed=1)
     if lora:
         settings = lora if isinstance(lora, LoraConfig) else LoraConfig(rank=4)
-        adapted = apply_lora(model, settings)
+        adapted = apply_lora(model, settings, new_ids=new_ids)
         for name, parameter in adapted.named_parameters():
             if (
                 "lora_B" in name

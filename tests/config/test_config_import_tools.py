@@ -132,11 +132,6 @@ def test_what_llama_board_saves_is_read_as_llama_factory() -> None:
     [
         ("torchtune.yaml", ["is of torchtune, whose recipes are not read"]),
         ("litgpt.yaml", ["is of litgpt, whose recipes are not read"]),
-        ("axolotl_lora_save.yml", [":6 lora_modules_to_save", ":8 tokens"]),
-        (
-            "lf_two_sources.yaml",
-            [":11 additional_target", ":12 new_special_tokens", ":13 resize_vocab"],
-        ),
         ("trl_config.yaml", [":12 loss_type: 'dft': fitune trains with the plain cross-entropy"]),
     ],
 )
@@ -358,12 +353,11 @@ def test_where_two_could_be_meant_from_decides(
         (SWIFT + "--freeze_parameters_ratio 0.5", "all weights .full. or adapters"),
         (SWIFT + "--adapters out/checkpoint-5", "merge the adapter first"),
         (SWIFT + "--quant_bits 3 --quant_method hqq", "in 16 bits here, or in 4"),
-        (LF + "--additional_target embed_tokens", "plain LoRA"),
-        (LF + "--loftq_config x", "plain LoRA"),
+        (LF + "--loftq_config x", "LoRA on linear layers of one rank"),
         (SWIFT + "--init_weights loftq", "model.lora.init is 'loftq'"),
         (LF + "--use_dora --quantization_bit 4", "model.lora.dora true needs weights that are not"),
         (LF + "--use_galore true", "Muon, APOLLO, Adafactor and SGD"),
-        (LF + "--add_tokens <a>", "the vocabulary as it is"),
+        (LF + "--new_special_tokens_config x", "adds tokens by their text alone"),
         (LF + "--rope_scaling linear", "config.json describes it"),
         (LF + "--label_smoothing_factor 0.1", "plain cross-entropy"),
         ("swift sft --model m --dataset org/d:zh#5", "a hub's split 'train' and default subset"),
@@ -406,6 +400,19 @@ def test_optimizers_for_matrices_are_taken_over(words: str, name: str) -> None:
 def test_the_variants_of_lora_are_taken_over(words: str, expected: tuple[bool, bool, str]) -> None:
     lora = command(words).resolved.config.model.lora
     assert (lora.rslora, lora.dora, lora.init) == expected
+
+
+def test_new_tokens_and_layers_beside_adapters_are_taken_over() -> None:
+    for name in ("axolotl_lora_save.yml", "lf_two_sources.yaml"):
+        model = case(name).resolved.config.model
+        assert model.new_tokens == ("<tool>", "</tool>")
+        assert model.lora.modules_to_save == ("embed_tokens", "lm_head")
+    found = command(SWIFT + "--new_special_tokens <a> <b>")
+    assert found.resolved.config.model.new_tokens == ("<a>", "<b>")
+    assert any("rows of embedding and head are trained" in each for each in found.differs)
+    full = command(LF + "--finetuning_type full --add_tokens <a>,<b> --additional_target norm")
+    assert full.resolved.config.model.new_tokens == ("<a>", "<b>")
+    assert "additional_target" in full.not_needed
 
 
 @pytest.mark.parametrize(

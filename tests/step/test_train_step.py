@@ -52,8 +52,10 @@ SPLITS = {
         (False, False),
         (True, True),
         (True, LoraConfig(rank=4, dora=True, init="pissa")),
+        (True, LoraConfig(rank=4, modules_to_save=("embed_tokens",))),
+        (False, LoraConfig(rank=4, modules_to_save=("lm_head", "norm"))),
     ],
-    ids=["tied", "untied", "lora", "dora of pissa"],
+    ids=["tied", "untied", "lora", "dora of pissa", "tied embedding too", "head and norm too"],
 )
 def test_the_gradient_is_that_of_plain_transformers_for_every_split(
     tied: bool, lora: bool | LoraConfig, packed: bool, loss: str
@@ -62,6 +64,18 @@ def test_the_gradient_is_that_of_plain_transformers_for_every_split(
     expected, expected_loss = plain_gradient(model, batch)
     for name, how in SPLITS.items():
         found, result = gradient(model, split(batch, packed=packed, **how), loss)
+        assert distance(found, expected) < 1e-6, name
+        assert result.loss == pytest.approx(expected_loss, rel=1e-6), name
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_rows_of_new_tokens_have_one_gradient_too(tied: bool, loss: str) -> None:
+    model, batch = make_model(tied=tied, lora=True, new_ids=(5, 6, 9)), make_batch()
+    assert isinstance(decoder_and_head(model), Head)
+    expected, expected_loss = plain_gradient(model, batch)
+    for name, how in SPLITS.items():
+        found, result = gradient(model, split(batch, packed=True, **how), loss)
         assert distance(found, expected) < 1e-6, name
         assert result.loss == pytest.approx(expected_loss, rel=1e-6), name
 

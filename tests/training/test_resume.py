@@ -58,6 +58,8 @@ KINDS = {
     "lora with dropout": ("model.method=lora", "model.lora.dropout=0.3"),
     "dora": ("model.method=lora", "model.lora.dora=true", "model.lora.rslora=true"),
     "pissa": ("model.method=lora", "model.lora.rank=4", "model.lora.init=pissa"),
+    "new tokens": ("model.method=lora", "model.new_tokens=[user, assistant]"),
+    "head too": ("model.method=lora", "model.lora.modules_to_save=[lm_head, norm]"),
     "bfloat16": ("model.precision=bfloat16",),
     "autocast": ("model.precision=autocast_bfloat16",),
     "padded": ("data.packing=false",),

@@ -179,8 +179,17 @@ class RunConfig(Section):
 
     def _adapter_faults(self) -> Iterator[str]:
         lora = self.model.lora
+        if len(set(self.model.new_tokens)) < len(self.model.new_tokens):
+            yield "model.new_tokens names a token twice: keep one"
         if self.model.method == "full":
             return
+        if self.model.shard != "none":
+            for key, is_set in (
+                ("new_tokens", self.model.new_tokens),
+                ("lora.modules_to_save", lora.modules_to_save),
+            ):
+                if is_set:
+                    yield f"model.{key} does not work with model.shard full: drop one of them"
         reads_weight = {
             "dora true": lora.dora,
             f"init {lora.init}": lora.init == "orthogonal" or lora.changes_base,

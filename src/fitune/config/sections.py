@@ -19,6 +19,7 @@ from fitune.config.values import (
     Fraction,
     MemoryLimit,
     Method,
+    ModuleName,
     OptimizerName,
     PairLoss,
     PathText,
@@ -60,6 +61,13 @@ class LoraConfig(Section):
             "how the adapters start; pissa and olora move the weight's main directions into them"
         ),
     )
+    modules_to_save: tuple[ModuleName, ...] = Field(
+        (),
+        description=(
+            "layers that are trained whole beside the adapters and saved with them: embed_tokens, "
+            "lm_head, norms"
+        ),
+    )
 
     @property
     def changes_base(self) -> bool:
@@ -95,6 +103,13 @@ class ModelConfig(Section):
         description="full: every weight; lora: adapters; qlora: adapters on weights in 4 bits",
     )
     lora: LoraConfig = LoraConfig()
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description=(
+            "tokens that the vocabulary gets; with adapters their rows of embedding and head are "
+            "trained"
+        ),
+    )
     precision: Precision | Auto = Field(
         "auto", description="number format of weights and computation"
     )

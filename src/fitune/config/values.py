@@ -65,6 +65,8 @@ Scale = Annotated[Float, Field(ge=1e-6, le=1e9)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 ColumnName = Annotated[str, Field(min_length=1)]
+#: the last part of a module's name
+ModuleName = Annotated[str, Field(pattern=r"^\w+$")]
 Date = Annotated[str, BeforeValidator(_date)]
 Duration = Annotated[str, AfterValidator(_duration)]
 MemoryLimit = Annotated[str | float, BeforeValidator(_memory_limit)]

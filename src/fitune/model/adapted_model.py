@@ -17,9 +17,12 @@ from torch import nn
 from fitune.boundary import parse_json
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
+from fitune.model.new_tokens import NewTokens
 from fitune.plain_files import read_plain
 
 FILE = "adapted_model.json"
+#: no vocabulary has as many tokens
+MOST_WORDS = 10**7
 _SAMPLED_ELEMENTS = 1024
 _ATTRIBUTE = "_fitune_adapted_model"
 
@@ -35,6 +38,8 @@ class AdaptedModel:
     weights_hash: str
     #: the seed of random weights
     seed: int
+    #: that its vocabulary got before
+    new_tokens: NewTokens | None = None
 
 
 def note_adapted(adapted: nn.Module, noted: AdaptedModel) -> None:
@@ -42,16 +47,19 @@ def note_adapted(adapted: nn.Module, noted: AdaptedModel) -> None:
     setattr(adapted, _ATTRIBUTE, noted)
 
 
-def describe(model: ModelConfig, built: nn.Module, *, seed: int) -> AdaptedModel:
+def describe(
+    model: ModelConfig, built: nn.Module, *, seed: int, new: NewTokens | None = None
+) -> AdaptedModel:
     """Return the record of a model without adapters.
 
     built: before adapters are added, and before its weights are quantised.
+    new: the tokens that its vocabulary got.
     """
     path = Path(model.source).expanduser()
     source = str(path.resolve()) if path.exists() else model.source
     dtype = next(parameter.dtype for parameter in built.parameters())
     return AdaptedModel(
-        source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed
+        source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed, new
     )
 
 
@@ -69,7 +77,8 @@ def read_adapted(adapters: Path) -> AdaptedModel:
     try:
         content: dict[str, Any] = parse_json(read_plain(path, follow=True))
         found = AdaptedModel(
-            **{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")}
+            **{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")},
+            new_tokens=_read_new_tokens(content.get("new_tokens")),
         )
         if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(
             found.seed, int
@@ -80,6 +89,15 @@ def read_adapted(adapters: Path) -> AdaptedModel:
         raise ModelError(
             f"{path} cannot be read ({error}), so it is not known which model these adapters belong to"
         ) from error
+
+
+def _read_new_tokens(content: dict[str, Any] | None) -> NewTokens | None:
+    if content is None:
+        return None
+    ids, vocab_size = tuple(map(int, content["ids"])), int(content["vocab_size"])
+    if not ids or not 0 < min(ids) <= max(ids) < vocab_size <= MOST_WORDS:
+        raise ValueError(f"the ids {ids} do not fit {vocab_size:,} tokens")
+    return NewTokens(ids, vocab_size)
 
 
 def check_adapted(found: AdaptedModel, built: nn.Module, *, adapters: Path) -> None:

@@ -51,13 +51,13 @@ def as_lora(adapted: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, t
     return converted
 
 
-def lora_settings(adapted: "PeftModel") -> "PeftLoraConfig | None":
-    """Return peft's settings for what `as_lora` returns; None if they are the model's own."""
-    if not _start(adapted):
-        return None
+def lora_settings(adapted: "PeftModel") -> "PeftLoraConfig":
+    """Return peft's settings for what `as_lora` returns, as `PeftModel.save_pretrained` has them."""
     settings = deepcopy(cast("PeftLoraConfig", adapted.peft_config["default"]))
-    settings.init_lora_weights = True
-    settings.r *= 2
-    settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
+    settings.base_model_name_or_path = adapted.base_model.model.name_or_path or None
     settings.inference_mode = True
+    if _start(adapted):
+        settings.init_lora_weights = True
+        settings.r *= 2
+        settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
     return settings

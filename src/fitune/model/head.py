@@ -4,8 +4,8 @@ A loss can then compute logits only for the tokens that need them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fitune.errors import ModelError
 from fitune.model.finite import weights_not_finite
+from fitune.model.trained_whole import merged_rows, trained_layer, trained_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,19 @@ class Head:
     scale: float
     soft_cap: float | None
     #: the same weight as the output of an autograd function that joins its gradient with that
-    #: of the embedding (model/tied_head.py); used instead of `output.weight` if given
+    #: of the embedding (model/tied_head.py), or with the rows of new tokens; used instead of
+    #: `output.weight` if given
     joined_weight: torch.Tensor | None = None
+    #: peft's layer with the trained rows of new tokens, if there are any
+    rows: Any = None
 
     @property
     def weight(self) -> torch.Tensor:
         return self.output.weight if self.joined_weight is None else self.joined_weight
+
+    def with_trained_rows(self) -> Self:
+        """Return the head with the rows of new tokens as they are now, for one forward."""
+        return self if self.rows is None else replace(self, joined_weight=merged_rows(self.rows))
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -51,7 +59,11 @@ class Head:
 
         Tests compare every more economical loss with them.
         """
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        weight = self.weight
+        if not torch.is_autocast_enabled(hidden.device.type):
+            # A head that is trained beside adapters is float32.
+            hidden = hidden.to(weight.dtype)
+        logits = nn.functional.linear(hidden, weight, self.bias)
         if self.scale != 1:
             logits = logits * self.scale
         return (
@@ -68,12 +80,14 @@ def decoder_and_head(model: nn.Module) -> Head | str:
     """
     whole = cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
     decoder = getattr(whole, whole.base_model_prefix, None)
-    output = whole.get_output_embeddings()
+    wrapped = whole.get_output_embeddings()
+    rows = trained_rows(wrapped)
+    output = trained_layer(wrapped) if rows is None else rows.base_layer
     if not isinstance(decoder, nn.Module) or decoder is whole or type(output) is not nn.Linear:
         return f"{type(whole).__name__} has no plain linear head after a decoder"
     config = whole.config.get_text_config()
     soft_cap = getattr(config, "final_logit_softcapping", None)
-    head = Head(decoder, output, _scale(config), soft_cap)
+    head = Head(decoder, output, _scale(config), soft_cap, rows=rows)
     if output.weight.is_meta or is_fake(output.weight) or _gives_the_logits(whole, head):
         return head
     if (name := weights_not_finite(whole)) is not None:
@@ -97,7 +111,7 @@ def _gives_the_logits(whole: PreTrainedModel, head: Head) -> bool:
     expected = two_logits(whole)
     found = two_logits(
         whole,
-        lambda tokens: head.logits(
+        lambda tokens: head.with_trained_rows().logits(
             head.decoder(input_ids=tokens, use_cache=False).last_hidden_state
         ),
     )

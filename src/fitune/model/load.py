@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,6 +50,7 @@ from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.load_errors import brings_code, unreadable
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
+from fitune.model.new_tokens import NewTokens, add_tokens, grow, new_tokens
 from fitune.model.own_code import drop_references, named_code, own_class
 from fitune.model.packed_attention import attention_name, check_attention
 from fitune.model.precision import Precision, device_precision, resolve_precision
@@ -91,11 +93,33 @@ def check_length(model: ModelConfig, max_length: int) -> None:
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
-    """Return the model's configuration, without its weights.
+    """Return the model's configuration, without its weights, with room for model.new_tokens.
 
     Of a hub id config.json is fetched, of a file its header is read. Raises ModelError if it cannot
     be read or is no causal language model.
     """
+    config = _config_of_files(model)
+    if (new := _new_tokens(model)) is not None:
+        config.get_text_config().vocab_size = new.vocab_size
+    return config
+
+
+def _new_tokens(model: ModelConfig) -> NewTokens | None:
+    """Return the ids of model.new_tokens, which the tokenizer decides; None if there are none."""
+    if not model.new_tokens:
+        return None
+    of_tokenizer = {"source", "tokenizer", "new_tokens", "shape", "trust_remote_code"}
+    return _new_tokens_of(model.model_dump_json(include=of_tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _new_tokens_of(model_json: str) -> NewTokens:
+    # Cached, since every recording of a model asks for them.
+    model = ModelConfig.model_validate_json(model_json)
+    return new_tokens(load_tokenizer(model), model.new_tokens, _config_of_files(model))
+
+
+def _config_of_files(model: ModelConfig) -> PretrainedConfig:
     kind = check_source(model.source)
     if kind == "preset":
         return preset_config(model.source)
@@ -180,6 +204,7 @@ def load_model(
     config: PretrainedConfig | None = None,
     stay_on_host: bool = False,
     notify: Callable[[str], None] | None = None,
+    new: NewTokens | None = None,
 ) -> "PreTrainedModel | PeftModel":
     """Return the model that `model` describes on `device`, in training mode, with any adapters.
 
@@ -190,12 +215,16 @@ def load_model(
     config: another architecture than the one that `model` names, on the meta device only.
     stay_on_host: leave the model in host memory, for a caller who moves it to `device` in parts.
     notify: called with a message about tensors in the files that the model has no place for.
+    new: tokens that the vocabulary got in an earlier run; those of model.new_tokens if None.
     """
     precision = precision or resolve_precision(model, *device_precision(device))
     config = config or load_config(model)
     check_attention(model.attention, device=device, dtype=precision.matmul_dtype)
     attention = attention_name(config, model.attention)
     meta = device.type == "meta"
+    new = new or _new_tokens(model)
+    if not meta and new is not None:
+        config = _config_of_files(model)
     if meta or model.init == "random" or source_kind(model.source) == "preset":
         with (
             raised_as(
@@ -216,19 +245,24 @@ def load_model(
         built = load_weights(
             model, config, dtype=precision.parameter_dtype, attention=attention, notify=notify
         )
-    noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
+    if not meta and new is not None:
+        grow(built, new)
+    noted = None
+    if not meta and model.method != "full":
+        noted = describe(model, built, seed=seed, new=new)
     if model.method == "qlora":
         built = quantise(built)
     adapted: PreTrainedModel | PeftModel = built
     # A card's decomposition of a weight depends on the card, and a resumed run needs the same one.
     is_on_host = model.method != "full" and model.lora.changes_base
+    new_ids = () if new is None else new.ids
     if is_on_host:
-        adapted = apply_lora(built, model.lora, seed=seed)
+        adapted = apply_lora(built, model.lora, seed=seed, new_ids=new_ids)
     if not stay_on_host:
         built.to(device)
     share_tables(built)
     if model.method != "full" and not is_on_host:
-        adapted = apply_lora(built, model.lora, seed=seed)
+        adapted = apply_lora(built, model.lora, seed=seed, new_ids=new_ids)
     if noted is not None:
         note_adapted(adapted, noted)
     fuse_layers(adapted)
@@ -325,12 +359,14 @@ def _without_format(
     )
 
 
-def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """Return the tokenizer, with a padding token that is in the vocabulary.
+def load_tokenizer(model: ModelConfig, *, new: NewTokens | None = None) -> Tokenizer:
+    """Return the tokenizer with model.new_tokens, and a padding token that is in the vocabulary.
 
     It is that of `model.tokenizer`, else the model's own. Padding needs no token of its own:
     positions decide which tokens are trained on, never ids, so an existing special token is used.
     Raises ModelError if there is no tokenizer or its ids exceed the model's vocabulary.
+
+    new: the tokens that the vocabulary got before, which this tokenizer has.
     """
     source = model.tokenizer or model.source
     kind = source_kind(source)
@@ -355,7 +391,8 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise unreadable(model.model_copy(update={"source": source}), kind, error) from error
-    vocab_size = load_config(model).get_text_config().vocab_size
+    own_size = _config_of_files(model).get_text_config().vocab_size
+    vocab_size = own_size if new is None else new.vocab_size
     needed = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not 0 < needed <= vocab_size:
         raise ModelError(
@@ -370,6 +407,8 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         tokenizer.pad_token = (
             tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         )
+    if model.new_tokens:
+        add_tokens(tokenizer, model.new_tokens, source=source)
     return cast(Tokenizer, tokenizer)
 
 

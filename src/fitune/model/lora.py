@@ -1,8 +1,9 @@
 """Add low-rank adapters to a frozen model, with peft."""
 
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,6 +19,7 @@ from fitune.config import LoraConfig
 from fitune.errors import ModelError
 from fitune.model.adapter_start import note_start
 from fitune.model.quantise import num_weights
+from fitune.model.trained_whole import beside_adapters, is_embedding, is_tied, train_in_float32
 from fitune.plain_files import read_plain
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "PeftModel":
+def apply_lora(
+    model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0, new_ids: Sequence[int] = ()
+) -> "PeftModel":
     """Freeze `model` and add trainable adapters to the layers that `lora.targets` names.
 
     Adapters are float32 whatever the model's dtype is, on the device of the model. The model
@@ -33,6 +37,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
     from `seed`; PiSSA and OLoRA move a part of the frozen weights into the adapters.
     Raises ModelError for targets that the model does not have, and for an initialisation that its
     layers do not allow.
+
+    new_ids: tokens whose rows of embedding and head are trained too, where these are not in
+        `lora.modules_to_save`.
     """
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
     names = adaptable_names(model)
@@ -46,8 +53,12 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
     chosen = names if "all-linear" in targets else targets
     if lora.changes_base:
         _check_decomposable(model, lora, chosen)
+    whole, rows = beside_adapters(model, lora.modules_to_save, new_ids)
+    chosen = [name for name in chosen if name not in whole]
     with bitsandbytes_unseen():
-        return _apply(model, lora, names=chosen, seed=seed)
+        adapted = _apply(model, lora, names=chosen, whole=whole, rows=rows, seed=seed)
+    train_in_float32(adapted)
+    return adapted
 
 
 def _check_decomposable(model: PreTrainedModel, lora: LoraConfig, names: list[str]) -> None:
@@ -84,7 +95,15 @@ def _why_not(model: PreTrainedModel, target: str) -> str:
     )
 
 
-def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
+def _apply(
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    *,
+    names: list[str],
+    whole: list[str],
+    rows: dict[str, list[int]],
+    seed: int,
+) -> "PeftModel":
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -98,6 +117,9 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=True if lora.init == "default" else lora.init,
+        modules_to_save=whole or None,
+        trainable_token_indices=rows or None,
+        ensure_weight_tying=any(is_embedding(model, name) for name in whole) and is_tied(model),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -129,7 +151,7 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
             return cast(
                 PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True)
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the adapters in {directory} cannot be loaded into this model: {first}"
@@ -147,7 +169,8 @@ _HARMLESS_INITS = ("gaussian", "orthogonal")
 _OWN_KEYS = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha",
     "lora_dropout", "peft_type", "peft_version", "r", "revision", "target_modules", "task_type",
-    "megatron_core", "use_dora", "use_rslora",
+    "megatron_core", "use_dora", "use_rslora", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
 }  # fmt: skip
 
 
@@ -157,7 +180,8 @@ def _check_adapters(directory: Path) -> None:
     Somebody else may have made the directory, and peft trusts it. It imports any module that
     `megatron_core` names. It queries the hub if the directory lacks the weights, and for methods
     other than LoRA for more. It creates adapters of any rank before it reads the weights. It
-    matches a text in target_modules as a regular expression, which can take forever.
+    matches a text in target_modules or modules_to_save as a regular expression, which can take
+    forever.
     """
     path = directory / "adapter_config.json"
     try:
@@ -179,6 +203,8 @@ def _check_adapters(directory: Path) -> None:
     targets, rank = content.get("target_modules"), content.get("r")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         unusual.append("target_modules")
+    if not all(re.fullmatch(r"[\w.]+", str(name)) for name in content.get("modules_to_save") or ()):
+        unusual.append("modules_to_save")
     if unusual:
         raise ModelError(
             f"{path} sets {', '.join(unusual[:5])} as fitune's own adapters do not: merge them by peft"

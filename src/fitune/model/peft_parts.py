@@ -7,6 +7,6 @@ from fitune.model.lora import bitsandbytes_unseen
 
 with bitsandbytes_unseen():
     from peft import PeftModel, get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
-__all__ = ["BaseTunerLayer", "PeftModel", "get_peft_model_state_dict"]
+__all__ = ["LoraLayer", "PeftModel", "get_peft_model_state_dict"]

@@ -24,9 +24,10 @@ from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.adapter_start import as_lora, lora_settings
 from fitune.model.ends import add_ends
 from fitune.model.load import quiet_transformers
-from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
+from fitune.model.peft_parts import LoraLayer, PeftModel, get_peft_model_state_dict
 from fitune.model.quantise import NF4Experts, NF4Linear
 from fitune.model.tensor_file import write_tensors
+from fitune.model.trained_whole import merged_rows, trained_layer, trained_rows
 from fitune.units import MIB
 
 #: `link_model` copies files below this size.
@@ -77,10 +78,8 @@ def model_files(
     """
     with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
-            # save_embedding_layers="auto" would query the hub.
-            model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)
-            if (settings := lora_settings(model)) is not None:
-                settings.save_pretrained(directory)
+            model.create_or_update_model_card(directory)
+            lora_settings(model).save_pretrained(directory)
             if (noted := adapted_json(model)) is not None:
                 (Path(directory) / FILE).write_bytes(noted)
         else:
@@ -194,11 +193,13 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
         return cast(dict[str, torch.Tensor], model.state_dict())
     plain = model.get_base_model()
     tensors = {
-        name.replace(".base_layer.", "."): tensor
+        name.replace(".base_layer.", ".").replace(".token_adapter.", "."): tensor
         for name, tensor in plain.state_dict().items()
-        if ".lora_" not in name
+        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_"))
     }
-    compute_dtype = plain.get_input_embeddings().weight.dtype
+    tensors = {name.replace(".original_module.", "."): each for name, each in tensors.items()}
+    compute_dtype = _frozen_dtype(plain)
+    _put_trained_layers(plain, tensors)
     for name, layer in plain.named_modules():
         if isinstance(layer, NF4Linear | NF4Experts):
             name = name.removesuffix(".base_layer")
@@ -208,7 +209,7 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
             whole = f"{name}.weight" if isinstance(layer, NF4Linear) else name
             tensors[whole] = layer.unpacked(compute_dtype)
     for name, layer in plain.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, LoraLayer):
             weight = tensors[f"{name}.weight"]
             with torch.no_grad():
                 delta = sum(
@@ -221,6 +222,31 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
                     merged *= magnitude.weight.float().view_as(norm) / norm
                 tensors[f"{name}.weight"] = merged.to(weight.dtype)
     return tensors
+
+
+def _frozen_dtype(plain: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of the embedding in the files."""
+    embedding = plain.get_input_embeddings()
+    frozen = getattr(embedding, "original_module", embedding)
+    return cast(torch.dtype, frozen.weight.dtype)
+
+
+def _put_trained_layers(plain: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the tensors of layers that were trained whole, or in some rows; tied ones stay tied."""
+    merged: dict[int, torch.Tensor] = {}
+    for name, layer in plain.named_modules():
+        trained = trained_layer(layer)
+        if trained is not layer and trained is not None:
+            for key, tensor in trained.state_dict().items():
+                before = tensors[f"{name}.{key}"]
+                tensors[f"{name}.{key}"] = merged.setdefault(
+                    tensor.data_ptr(), tensor.to(before.dtype)
+                )
+        elif (rows := trained_rows(layer)) is not None:
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = merged.setdefault(
+                weight.data_ptr(), merged_rows(rows).detach()
+            )
 
 
 @contextmanager

@@ -68,10 +68,12 @@ def load_directory(
         raise RunDirectoryError(
             f"{adapted.source}, which {weights} adapts, is no longer there: put it back"
         )
-    plain = base.model_copy(update={"source": adapted.source, "method": "full"})
-    model = load_model(plain, cpu, seed=adapted.seed)
+    plain = base.model_copy(update={"source": adapted.source, "method": "full", "new_tokens": ()})
+    model = load_model(plain, cpu, seed=adapted.seed, new=adapted.new_tokens)
     check_adapted(adapted, model, adapters=weights)
-    tokenizer = load_tokenizer(plain.model_copy(update={"tokenizer": str(weights)}))
+    tokenizer = load_tokenizer(
+        plain.model_copy(update={"tokenizer": str(weights)}), new=adapted.new_tokens
+    )
     with_adapters = load_adapters(model, weights)
     note_adapted(with_adapters, adapted)
     return with_adapters, tokenizer

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fitune.model import packed_attention as attention
 from fitune.model.head import Head
+from fitune.model.trained_whole import trained_layer
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
     Inside the block the decoder runs once. If the head's weight is also the embedding's, a head is
     appended to the list: its weight has a gradient to which that of the embedding is added.
     """
-    heads = [head]
+    heads = [head.with_trained_rows()]
     embedding = _tied_embedding(head)
     if embedding is None:
         yield heads
@@ -51,9 +52,9 @@ def _tied_embedding(head: Head) -> nn.Embedding | None:
 
     Returns None otherwise: Gemma's embedding, for example, scales them.
     """
-    if not (torch.is_grad_enabled() and head.weight.requires_grad):
+    if not (torch.is_grad_enabled() and head.output.weight.requires_grad):
         return None
-    embedding = head.decoder.get_input_embeddings()  # type: ignore[operator]
+    embedding = trained_layer(head.decoder.get_input_embeddings())  # type: ignore[operator]
     if type(embedding) is not nn.Embedding or embedding.weight is not head.weight:
         return None
     is_plain = (

@@ -88,7 +88,7 @@ def choose_chunk_tokens(head: Head, device: torch.device) -> int:
 
     Small chunks leave a GPU waiting for kernel launches, but not a CPU.
     """
-    of_card = CHUNK_BYTES // (4 * head.weight.shape[0])
+    of_card = CHUNK_BYTES // (4 * head.output.weight.shape[0])
     return CHUNK_TOKENS if device.type == "cpu" else max(CHUNK_TOKENS, of_card)
 
 

@@ -76,9 +76,10 @@ class Preference(SupervisedTokens):
             log_probs_N = self._full_log_probs(model, micro_batch)
         else:
             hidden_ND = supervised_hidden(self.head, micro_batch)
+            head = self.head.with_trained_rows()
             log_probs_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
             for chunk in self.chunks(hidden_ND.shape[0], "eval"):
-                logits_NV = self.head.logits(hidden_ND[chunk]).float()
+                logits_NV = head.logits(hidden_ND[chunk]).float()
                 log_probs_N[chunk] = _log_probs(logits_NV, micro_batch.target_ids_N[chunk])
         losses_R, means_4R = self._judge(log_probs_N, micro_batch)
         sums = means_4R.double().sum(1)
@@ -200,7 +201,8 @@ def chunked_log_probs(hidden_ND: Tensor, head: Head, target_N: Tensor, *, chunks
 
 
 def _trains_head(head: Head) -> bool:
-    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    trains_weight = head.output.weight.requires_grad or head.rows is not None
+    return trains_weight or (head.bias is not None and head.bias.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)

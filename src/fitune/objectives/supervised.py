@@ -64,10 +64,11 @@ class Supervised(SupervisedTokens):
             losses_N = losses_N * micro_batch.target_weights_N
             return Measured(losses_N, {"correct": _num_correct(logits_NV, target_N)})
         hidden_ND = supervised_hidden(self.head, micro_batch)
+        head = self.head.with_trained_rows()
         losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
         for chunk in self.chunks(hidden_ND.shape[0], "eval"):
-            logits_NV = self.head.logits(hidden_ND[chunk])
+            logits_NV = head.logits(hidden_ND[chunk])
             losses_N[chunk] = F.cross_entropy(logits_NV.float(), target_N[chunk], reduction="none")
             correct += _num_correct(logits_NV, target_N[chunk])
         return Measured(losses_N * micro_batch.target_weights_N, {"correct": correct})

@@ -66,9 +66,10 @@ def _embeddings_and_head(model: nn.Module) -> Iterator[nn.Module]:
     yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            head = module.get_output_embeddings()
-            if head is not None:
-                yield head
+            for table in (module.get_input_embeddings(), module.get_output_embeddings()):
+                if table is not None:
+                    # A wrapped one holds the parameters that are trained further down.
+                    yield from table.modules()
 
 
 def _trainable(model: nn.Module) -> Iterator[nn.Parameter]:

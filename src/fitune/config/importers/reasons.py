@@ -57,14 +57,12 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
             "embedding_lr_scale"
         ),
     },
-    "fitune's adapters are plain LoRA on linear layers: take it out to train so": {
+    "fitune's adapters are LoRA on linear layers of one rank: take it out to train so": {
         "bias": ("none",),
         "lora_bias": ("none",),
         "lora_bias_trainable": ("none",),
         **_none_of(
-            "loftq_config additional_target "
-            "modules_to_save "
-            "lora_modules_to_save loraplus_lr_ratio lorap_lr_ratio lora_lr_ratio rank_pattern "
+            "loftq_config loraplus_lr_ratio lorap_lr_ratio lora_lr_ratio rank_pattern "
             "alpha_pattern "
             "lora_rank_pattern lora_alpha_pattern lora_target_parameters target_parameters "
             "target_regex"
@@ -73,10 +71,8 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
     "fitune starts from a model, not from an adapter: merge the adapter first and give the merged model": _none_of(
         "adapter_name_or_path adapters lora_model_dir"
     ),
-    "fitune leaves the vocabulary as it is: save the model with its new tokens and give that model": _none_of(
-        "add_tokens add_special_tokens new_special_tokens new_special_tokens_config resize_vocab "
-        "tokens "
-        "added_tokens_overrides resize_token_embeddings_to_32x"
+    "fitune adds tokens by their text alone (model.new_tokens): save the model with these and give that model": _none_of(
+        "add_special_tokens new_special_tokens_config added_tokens_overrides"
     ),
     "fitune takes the model as its config.json describes it: change it there": _none_of(
         "rope_scaling shift_attn s2_attention mixture_of_depths use_pose max_model_len "
@@ -206,6 +202,7 @@ _NOT_NEEDED = {
         inference_mode init_config is_falcon_derived_model is_llama_derived_model is_mistral_derived_model
         is_qwen_derived_model local_repo_path model_cache_dir model_type peft_autocast_adapter_dtype peft_type
         processor_type tokenizer_legacy tokenizer_type tokenizer_use_fast type_of_model use_fast_tokenizer""",
+    "a vocabulary that grows here gets a multiple of 64 rows": "resize_token_embeddings_to_32x",
     "it is a field of LLaMA Board's page": "top.model_name top.lang",
     "4-bit weights are NF4 with double quantization here": """
         bnb_4bit_quant_storage bnb_4bit_quant_type bnb_4bit_use_double_quant double_quantization quant_method

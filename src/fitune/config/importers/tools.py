@@ -99,6 +99,7 @@ TRANSFORMERS = Tool(
             "lora_alpha": ("model.lora.alpha", 8),
             "lora_dropout": ("model.lora.dropout", 0.0),
             "target_modules": ("model.lora.targets", None),
+            "modules_to_save": ("model.lora.modules_to_save", None),
         },
     },
     implied={"trainer.py": {"": ("data.eval_fraction", 0.0)}},
@@ -136,6 +137,7 @@ TRL = Tool(
             "lora_alpha": ("model.lora.alpha", 32),
             "lora_dropout": ("model.lora.dropout", 0.05),
             "lora_target_modules": ("model.lora.targets", None),
+            "lora_modules_to_save": ("model.lora.modules_to_save", None),
         },
         "scripts/utils.py": {
             "dataset_name": ("data.train", None),
@@ -172,6 +174,8 @@ LLAMA_FACTORY = Tool(
             "model_name_or_path": ("model.source", None),
             "flash_attn": ("model.attention", None),
             "trust_remote_code": ("model.trust_remote_code", None),
+            "add_tokens": ("model.new_tokens", None),
+            "new_special_tokens": ("model.new_tokens", None),
         },
         "hparams/finetuning_args.py": {
             "finetuning_type": ("model.method", "lora"),
@@ -179,6 +183,7 @@ LLAMA_FACTORY = Tool(
             "lora_alpha": ("model.lora.alpha", None),  # twice the rank
             "lora_dropout": ("model.lora.dropout", 0.0),
             "lora_target": ("model.lora.targets", "all"),
+            "additional_target": ("model.lora.modules_to_save", None),
         },
     },
     implied={
@@ -282,6 +287,7 @@ AXOLOTL = Tool(
             "lora_alpha": ("model.lora.alpha", None),
             "lora_dropout": ("model.lora.dropout", 0.0),
             "lora_target_modules": ("model.lora.targets", None),
+            "lora_modules_to_save": ("model.lora.modules_to_save", None),
         },
         "utils/schemas/model.py": {
             "base_model": ("model.source", None),
@@ -310,6 +316,7 @@ MS_SWIFT = Tool(
             "model": ("model.source", None),
             "torch_dtype": ("model.precision", "auto"),  # the precision of the checkpoint
             "attn_impl": ("model.attention", None),
+            "new_special_tokens": ("model.new_tokens", None),
         },
         "arguments/base_args/base_args.py": {
             "tuner_type": ("model.method", "lora"),

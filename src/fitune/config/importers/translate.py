@@ -19,6 +19,7 @@ from fitune.config.importers.preference import put_preference
 from fitune.config.importers.read import ToolArguments
 from fitune.config.importers.tools import MINIMIND_SCRIPTS
 from fitune.config.importers.training import put_optimizer, put_run_length, put_saving, put_schedule
+from fitune.config.importers.vocabulary import put_vocabulary
 from fitune.config.read import ResolvedConfig, read_config
 from fitune.config.write import commented_yaml
 from fitune.errors import ConfigError
@@ -107,6 +108,7 @@ def translate(
         _model,
         _precision,
         _recompute,
+        put_vocabulary,
         put_data,
         put_mask,
         put_preference,
@@ -213,7 +215,7 @@ def _bits(draft: Draft) -> int | None:
 
 def _lora(draft: Draft) -> None:
     rank, alpha = draft.value("model.lora.rank"), draft.value("model.lora.alpha")
-    if draft.tool == "LLaMA-Factory" and not alpha:
+    if draft.tool == "LLaMA-Factory" and not alpha and isinstance(rank, int | float):
         alpha = 2 * rank
         comment = f"default of {draft.arguments.table.release}, hparams/finetuning_args.py: twice the rank"
     else:
