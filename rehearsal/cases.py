@@ -252,7 +252,6 @@ STEPS = (
         model="llama",
         rows=same(4, 1024),
         options=("model.method=lora", "model.lora.modules_to_save=[embed_tokens,lm_head,norm]"),
-        kinds=("train", "train", "eval"),
         cards=("4090", "T4"),
     ),
     StepCase(
@@ -267,7 +266,6 @@ STEPS = (
         model="llama",
         rows=same(4, 1024),
         options=("model.method=lora", "model.new_tokens=[<a>,<b>]"),
-        kinds=("train", "train", "eval"),
         cards=("4090", "T4"),
     ),
     StepCase(

@@ -327,7 +327,9 @@ OTHER_ENGLISH = {
     r"\bframebuffer\b|\bvideo memory\b|\bVRAM\b": "memory",
 }
 """What is not said in English, and what is said instead (docs/glossary.md)."""
-SAID_ALL_THE_SAME = r"steps in a row|embedding of \{\w+\} rows"
+SAID_ALL_THE_SAME = (
+    r"steps in a row|embedding of \{\w+\} rows|rows of (embedding and head|new tokens)|of 64 rows"
+)
 PAGES_FOR_USERS = ("README.md", *(f"docs/{name}.md" for name in (
     "batch_size", "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom",
     "scripts", "speed", "tutorial", "watch",

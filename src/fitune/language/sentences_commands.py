@@ -333,6 +333,13 @@ COMMANDS: dict[str, str] = {
     "how the adapters start; pissa and olora move the weight's main directions into them": (
         "适配器的初始化方式；pissa 和 olora 把权重的主要方向移到适配器里"
     ),
+    "layers that are trained whole beside the adapters and saved with them: embed_tokens, lm_head, norms": (
+        "与适配器一起整层训练并保存的层：embed_tokens、lm_head、归一化层"
+    ),
+    "tokens that the vocabulary gets; with adapters their rows of embedding and head are trained": (
+        "加入词表的 token；使用适配器时，训练嵌入和输出层中它们的行"
+    ),
+    "model.new_tokens names a token twice: keep one": "model.new_tokens 里有重复的 token：请只留一个",
     "model.lora.{key} needs weights that are not in 4 bits: set model.method to lora, or drop it": (
         "model.lora.{key} 需要不是 4 位的权重：请把 model.method 设为 lora，或去掉它"
     ),

@@ -6,6 +6,7 @@ path, a hub id or a preset) and a hash of its weights.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -76,9 +77,10 @@ def read_adapted(adapters: Path) -> AdaptedModel:
     path = adapters / FILE
     try:
         content: dict[str, Any] = parse_json(read_plain(path, follow=True))
+        new = content.get("new_tokens")
         found = AdaptedModel(
             **{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")},
-            new_tokens=_read_new_tokens(content.get("new_tokens")),
+            new_tokens=None if new is None else _new_tokens(new["ids"], new["vocab_size"]),
         )
         if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(
             found.seed, int
@@ -91,10 +93,8 @@ def read_adapted(adapters: Path) -> AdaptedModel:
         ) from error
 
 
-def _read_new_tokens(content: dict[str, Any] | None) -> NewTokens | None:
-    if content is None:
-        return None
-    ids, vocab_size = tuple(map(int, content["ids"])), int(content["vocab_size"])
+def _new_tokens(ids: Sequence[int], vocab_size: int) -> NewTokens:
+    ids = tuple(map(int, ids))
     if not ids or not 0 < min(ids) <= max(ids) < vocab_size <= MOST_WORDS:
         raise ValueError(f"the ids {ids} do not fit {vocab_size:,} tokens")
     return NewTokens(ids, vocab_size)

@@ -5,7 +5,7 @@ A loss can then compute logits only for the tokens that need them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fitune.errors import ModelError
 from fitune.model.finite import weights_not_finite
-from fitune.model.trained_whole import merged_rows, trained_layer, trained_rows
+from fitune.model.trained_whole import TrainedRows, merged_rows, trained_layer, trained_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Head:
     #: `output.weight` if given
     joined_weight: torch.Tensor | None = None
     #: peft's layer with the trained rows of new tokens, if there are any
-    rows: Any = None
+    rows: TrainedRows | None = None
 
     @property
     def weight(self) -> torch.Tensor:

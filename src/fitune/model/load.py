@@ -13,11 +13,11 @@ HF_ENDPOINT and its cache.
 import copy
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ from fitune.model.formats import check_format, unpacking, weights_format
 from fitune.model.fused import fuse_layers
 from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.load_errors import brings_code, unreadable
+from fitune.model.load_report import check_complete, listed, of_layers
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.new_tokens import NewTokens, add_tokens, grow, new_tokens
@@ -254,7 +255,10 @@ def load_model(
         built = quantise(built)
     adapted: PreTrainedModel | PeftModel = built
     # A card's decomposition of a weight depends on the card, and a resumed run needs the same one.
-    is_on_host = model.method != "full" and model.lora.changes_base
+    # And a layer is copied without leaving a hole in the card's memory.
+    is_on_host = model.method != "full" and bool(
+        model.lora.changes_base or model.lora.modules_to_save
+    )
     new_ids = () if new is None else new.ids
     if is_on_host:
         adapted = apply_lora(built, model.lora, seed=seed, new_ids=new_ids)
@@ -303,7 +307,7 @@ def load_weights(
                         config, dtype, pretrained_model_name_or_path=name, **files
                     )
                     # Only this report names missing tensors; `tensors` has random ones for them.
-                    _check_complete(model, report)
+                    check_complete(model, report)
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
             else:
@@ -329,10 +333,10 @@ def load_weights(
     )
     if weights_format(config) is not None:
         built = _without_format(built, config, options)
-    _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
+    check_complete(model, report, surplus if kind == "pth" else of_layers(built, surplus))
     if surplus and notify is not None:
         notify(
-            f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out"
+            f"{model.source} holds {listed('tensors that its architecture has no place for', surplus)}: left out"
         )
     return cast(PreTrainedModel, built)
 
@@ -447,53 +451,6 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         raise ModelError(
             f"{model.source} is '{kind}', {what}: fitune trains decoder-only models like llama, qwen3 or gemma"
         )
-
-
-def _check_complete(
-    model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()
-) -> None:
-    """Raise ModelError if weights are missing, have another shape, or are left over.
-
-    surplus: tensors of the file that must have a place in the model.
-    """
-    faults = [
-        f"{name} is {list(found)} in the file and {list(wanted)} in the model"
-        for name, found, wanted in sorted(report["mismatched_keys"])
-    ]
-    faults += [
-        _listed(what, names)
-        for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus))
-        if names
-    ]
-    if faults:
-        raise ModelError(
-            f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}"
-        )
-
-
-def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names among these that belong to a decoder layer.
-
-    It may be a layer that the configuration omits, or one that lacks such a part in the model.
-    Other parts that a file may contain do not count: a vision tower, or the head of another task.
-    """
-    num_layers = getattr(
-        cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None
-    )
-    lists = [
-        name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-        for name, part in model.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == num_layers
-    ]
-    of_layer = re.compile(
-        rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)"
-    )
-    return [name for name in names if of_layer.match(name)]
-
-
-def _listed(what: str, names: Collection[str]) -> str:
-    first = ", ".join(sorted(names)[:3])
-    return f"{len(names)} {what} ({first}{', ...' if len(names) > 3 else ''})"
 
 
 @contextmanager

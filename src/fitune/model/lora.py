@@ -288,7 +288,7 @@ def not_adapted(model: PreTrainedModel) -> str | None:
         for name, module in model.named_modules()
         if not isinstance(module, linear)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1
+        if parameter.dim() > 1 and not parameter.requires_grad
     ]
     if not bare:
         return None

@@ -6,7 +6,7 @@ half a second and is needed for adapters only.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,14 +82,14 @@ def train_in_float32(adapted: "PeftModel") -> None:
         if not isinstance(copies, nn.ModuleDict):
             continue
         # Not that of the copy, which a tied one may have made float32 already.
-        frozen: Any = module.original_module
+        frozen = cast(nn.Module, module.original_module)
         dtype = next(frozen.parameters()).dtype
         for copy in copies.values():
             if dtype != torch.float32:
                 # Not through `.data`: tied copies have to stay one parameter.
                 copy.float()
-                copy.register_forward_pre_hook(_input_as_weight)
-                copy.register_forward_hook(_ResultAsBefore(dtype))
+                module.register_forward_pre_hook(_input_as_weight)
+                module.register_forward_hook(_ResultAsBefore(dtype))
 
 
 def _input_as_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -119,11 +119,22 @@ def trained_layer(module: nn.Module | None) -> nn.Module | None:
     return next(iter(copies.values())) if isinstance(copies, nn.ModuleDict) else module
 
 
-def trained_rows(module: nn.Module | None) -> Any:
-    """Return peft's layer that puts trained rows into a matrix; None if `module` has none."""
-    return getattr(module, "token_adapter", None)
+class TrainedRows(Protocol):
+    """peft's layer that puts the trained rows of some tokens into a frozen matrix."""
+
+    base_layer: nn.Module
+    active_adapters: list[str]
+
+    def get_merged_weights(self, active_adapters: list[str]) -> Tensor:
+        """Return the matrix [V, D] with its trained rows, in the dtype of the matrix."""
+        ...
 
 
-def merged_rows(rows: Any) -> Tensor:
+def trained_rows(module: nn.Module | None) -> TrainedRows | None:
+    """Return the layer with the trained rows of a wrapped embedding or head, if it has one."""
+    return cast("TrainedRows | None", getattr(module, "token_adapter", None))
+
+
+def merged_rows(rows: TrainedRows) -> Tensor:
     """Return the matrix [V, D] with its trained rows, in the dtype of the matrix."""
-    return cast(Tensor, rows.get_merged_weights(rows.active_adapters))
+    return rows.get_merged_weights(rows.active_adapters)

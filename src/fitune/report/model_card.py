@@ -28,6 +28,8 @@ _SETTINGS = {
     "model.lora.rslora": "rank-stabilised",
     "model.lora.dora": "DoRA",
     "model.lora.init": "LoRA initialisation",
+    "model.lora.modules_to_save": "trained whole beside the adapters",
+    "model.new_tokens": "new tokens",
     "model.precision": "precision",
     "model.recompute": "gradient checkpointing",
     "optim.name": "optimizer",
@@ -177,7 +179,9 @@ def _settings(run: RecordedRun) -> Iterator[tuple[str, str]]:
     for key, name in _SETTINGS.items():
         value = run.settings.get(key)
         is_adapter = run.settings.get("model.method", "full") != "full"
-        if value in (None, "auto", "") or (key.startswith("model.lora.") and not is_adapter):
+        if value in (None, "auto", "", (), []) or (
+            key.startswith("model.lora.") and not is_adapter
+        ):
             continue
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         yield name, shown
