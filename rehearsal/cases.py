@@ -248,6 +248,25 @@ STEPS = (
         options=("model.method=lora", "model.lora.init=pissa_niter_16"),
     ),
     StepCase(
+        name="freeze",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.method=freeze",),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="freeze-embedding-too",
+        model="llama-tied",
+        rows=same(6, 512),
+        accumulation=2,
+        options=(
+            "model.method=freeze",
+            "model.freeze.trained_layers=-1",
+            "model.freeze.trained_modules=[mlp]",
+            "model.freeze.extra_modules=[lm_head,norm]",
+        ),
+    ),
+    StepCase(
         name="lora-head-too",
         model="llama",
         rows=same(4, 1024),

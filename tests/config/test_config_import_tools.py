@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fitune.cli.app import main
-from fitune.config import RunConfig, read_config
+from fitune.config import FreezeConfig, RunConfig, read_config
 from fitune.config.importers.read import read_command, read_tool_file
 from fitune.config.importers.tools import TOOLS
 from fitune.config.importers.translate import ImportedConfig, translate
@@ -413,6 +413,17 @@ def test_new_tokens_and_layers_beside_adapters_are_taken_over() -> None:
     full = command(LF + "--finetuning_type full --add_tokens <a>,<b> --additional_target norm")
     assert full.resolved.config.model.new_tokens == ("<a>", "<b>")
     assert "additional_target" in full.not_needed
+
+
+def test_frozen_layers_of_llama_factory_are_taken_over() -> None:
+    words = LF + "--finetuning_type freeze --freeze_trainable_layers -3 "
+    found = command(words + "--freeze_trainable_modules mlp,self_attn --freeze_extra_modules norm")
+    model = found.resolved.config.model
+    assert (model.method, model.precision) == ("freeze", "bfloat16")
+    assert model.freeze.trained_layers == -3
+    assert model.freeze.trained_modules == ("mlp", "self_attn")
+    assert model.freeze.extra_modules == ("norm",)
+    assert command(LF + "--finetuning_type freeze").resolved.config.model.freeze == FreezeConfig()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from fitune.config import LoraConfig
+from fitune.config import FreezeConfig, LoraConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.model.freeze import freeze
 from fitune.model.head import Head, decoder_and_head
 from fitune.objectives.supervised import Supervised
 from fitune.step.evaluate import evaluate
@@ -78,6 +79,16 @@ def test_the_rows_of_new_tokens_have_one_gradient_too(tied: bool, loss: str) -> 
         found, result = gradient(model, split(batch, packed=True, **how), loss)
         assert distance(found, expected) < 1e-6, name
         assert result.loss == pytest.approx(expected_loss, rel=1e-6), name
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_the_trained_layers_beside_frozen_ones_have_one_gradient_too(loss: str) -> None:
+    model, batch = make_model(tied=False), make_batch()
+    freeze(model, FreezeConfig(trained_layers=-1, extra_modules=("lm_head",)))
+    expected, _ = plain_gradient(model, batch)
+    for name, how in SPLITS.items():
+        found, _ = gradient(model, split(batch, packed=True, **how), loss)
+        assert distance(found, expected) < 1e-6, name
 
 
 def test_six_by_four_and_four_by_six_are_one_gradient() -> None:

@@ -21,7 +21,7 @@ from fitune.optimizers.table import OPTIMIZERS
 
 #: LoRA needs about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without
 #: Regret").
-DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+DEFAULT_LR = {"full": 2e-5, "freeze": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 #: Losses of preferences move a trained model a little: TRL's DPOConfig has 1e-6 for full training.
 PREFERENCE_LR_FACTOR = 0.05
 #: The rate changes by at most this factor if the noise was not measured.

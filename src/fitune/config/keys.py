@@ -13,7 +13,7 @@ from fitune.config.yaml_lines import KeyPath, dotted
 _MAIN_KEYS = {
     "model": "source", "data": "train", "optim": "name", "batch": "effective", "memory": "budget",
     "run": "name", "train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset",
-    "columns": "prompt",
+    "columns": "prompt", "freeze": "trained_layers",
 }  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from fitune.config.sections import (
     BatchConfig,
     DataConfig,
     EvalConfig,
-    LoraConfig,
     MemoryConfig,
     ModelConfig,
     OptimConfig,
@@ -70,16 +69,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
         faults = []
-        if self.model.method == "full":
-            default = LoraConfig()
-            keys = [
-                key
-                for key in LoraConfig.model_fields
-                if getattr(self.model.lora, key) != getattr(default, key)
-            ]
+        if not self.model.has_adapters:
             faults += [
-                f"model.lora.{key} has no effect while model.method is full: set model.method to lora, or drop it"
-                for key in keys
+                f"model.lora.{key} has no effect while model.method is {self.model.method}: "
+                "set model.method to lora, or drop it"
+                for key in self.model.lora.model_dump(exclude_defaults=True)
+            ]
+        if self.model.method != "freeze":
+            faults += [
+                f"model.freeze.{key} has no effect while model.method is {self.model.method}: "
+                "set model.method to freeze, or drop it"
+                for key in self.model.freeze.model_dump(exclude_defaults=True)
             ]
         if self.model.offload_activations and self.model.recompute in ("off", "auto"):
             faults.append(
@@ -148,6 +148,8 @@ class RunConfig(Section):
         model = self.model
         if model.shard == "none":
             return
+        if model.method == "freeze":
+            yield "model.method freeze does not work with model.shard full: drop one of them"
         if model.method == "qlora":
             yield (
                 "model.shard full does not shard 4-bit weights: set model.method to lora, or drop it"
@@ -181,7 +183,10 @@ class RunConfig(Section):
         lora = self.model.lora
         if len(set(self.model.new_tokens)) < len(self.model.new_tokens):
             yield "model.new_tokens names a token twice: keep one"
-        if self.model.method == "full":
+        freeze = self.model.freeze
+        if freeze.trained_layers == 0 and not freeze.extra_modules:
+            yield "model.freeze.trained_layers 0 trains nothing: name model.freeze.extra_modules"
+        if not self.model.has_adapters:
             return
         if self.model.shard != "none":
             for key, is_set in (

@@ -75,6 +75,20 @@ class LoraConfig(Section):
         return self.init in ("pissa", "pissa_niter_16", "olora")
 
 
+class FreezeConfig(Section):
+    """Says which layers `method: freeze` trains; LLaMA-Factory's freeze has the same three."""
+
+    trained_layers: Annotated[int, Field(strict=True, ge=-(10**4), le=10**4), WholeNumber] = Field(
+        2, description="so many of the last layers are trained, or of the first if negative"
+    )
+    trained_modules: Literal["all"] | tuple[ModuleName, ...] = Field(
+        "all", description="parts of these layers, such as mlp and self_attn, or all"
+    )
+    extra_modules: tuple[ModuleName, ...] = Field(
+        (), description="parts outside the layers that are trained too: embed_tokens, norm, lm_head"
+    )
+
+
 class ShapeConfig(Section):
     """Holds the architecture of a weights file without a configuration (minimind's .pth).
 
@@ -100,9 +114,13 @@ class ModelConfig(Section):
     )
     method: Method = Field(
         "full",
-        description="full: every weight; lora: adapters; qlora: adapters on weights in 4 bits",
+        description=(
+            "full: every weight; freeze: some layers; lora: adapters; qlora: adapters on weights "
+            "in 4 bits"
+        ),
     )
     lora: LoraConfig = LoraConfig()
+    freeze: FreezeConfig = FreezeConfig()
     new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
         description=(
@@ -132,9 +150,13 @@ class ModelConfig(Section):
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
     @property
+    def has_adapters(self) -> bool:
+        return self.method in ("lora", "qlora")
+
+    @property
     def has_dropout(self) -> bool:
         """Whether training draws random masks."""
-        return self.method != "full" and self.lora.dropout > 0
+        return self.has_adapters and self.lora.dropout > 0
 
 
 class DataSource(Section):

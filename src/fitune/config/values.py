@@ -72,7 +72,7 @@ Duration = Annotated[str, AfterValidator(_duration)]
 MemoryLimit = Annotated[str | float, BeforeValidator(_memory_limit)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
-Method = Literal["full", "lora", "qlora"]
+Method = Literal["full", "freeze", "lora", "qlora"]
 AdapterInit = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
 Attention = Literal["flash", "efficient", "math", "eager"]

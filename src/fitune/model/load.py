@@ -45,6 +45,7 @@ from fitune.errors import ConfigError, ModelError
 from fitune.model.adapted_model import describe, note_adapted
 from fitune.model.experts import EXPERTS
 from fitune.model.formats import check_format, unpacking, weights_format
+from fitune.model.freeze import freeze
 from fitune.model.fused import fuse_layers
 from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.load_errors import brings_code, unreadable
@@ -249,23 +250,23 @@ def load_model(
     if not meta and new is not None:
         grow(built, new)
     noted = None
-    if not meta and model.method != "full":
+    if model.method == "freeze":
+        freeze(built, model.freeze)
+    if not meta and model.has_adapters:
         noted = describe(model, built, seed=seed, new=new)
     if model.method == "qlora":
         built = quantise(built)
     adapted: PreTrainedModel | PeftModel = built
     # A card's decomposition of a weight depends on the card, and a resumed run needs the same one.
     # And a layer is copied without leaving a hole in the card's memory.
-    is_on_host = model.method != "full" and bool(
-        model.lora.changes_base or model.lora.modules_to_save
-    )
+    is_on_host = model.has_adapters and bool(model.lora.changes_base or model.lora.modules_to_save)
     new_ids = () if new is None else new.ids
     if is_on_host:
         adapted = apply_lora(built, model.lora, seed=seed, new_ids=new_ids)
     if not stay_on_host:
         built.to(device)
     share_tables(built)
-    if model.method != "full" and not is_on_host:
+    if model.has_adapters and not is_on_host:
         adapted = apply_lora(built, model.lora, seed=seed, new_ids=new_ids)
     if noted is not None:
         note_adapted(adapted, noted)

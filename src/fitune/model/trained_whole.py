@@ -86,10 +86,15 @@ def train_in_float32(adapted: "PeftModel") -> None:
         dtype = next(frozen.parameters()).dtype
         for copy in copies.values():
             if dtype != torch.float32:
-                # Not through `.data`: tied copies have to stay one parameter.
+                # It keeps tied copies one parameter.
                 copy.float()
-                module.register_forward_pre_hook(_input_as_weight)
-                module.register_forward_hook(_ResultAsBefore(dtype))
+                compute_in_float32(module, dtype)
+
+
+def compute_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a module with float32 weights stand among those of `dtype`, by hooks."""
+    module.register_forward_pre_hook(_input_as_weight)
+    module.register_forward_hook(_ResultAsBefore(dtype))
 
 
 def _input_as_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

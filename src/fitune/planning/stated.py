@@ -22,7 +22,7 @@ def stated(model: ModelConfig) -> Iterator[str]:
 
 def model_notes(model: ModelConfig) -> Iterator[str]:
     """Yield what is special about a run of this model, though its configuration does not say it."""
-    yield from _notes(model.model_dump_json(include={"source", "tokenizer", "method", "precision", "shape", "lora"} | {
+    yield from _notes(model.model_dump_json(include={"source", "tokenizer", "method", "precision", "shape", "lora", "freeze"} | {
         "trust_remote_code"}))  # fmt: skip
 
 

@@ -30,6 +30,9 @@ _SETTINGS = {
     "model.lora.init": "LoRA initialisation",
     "model.lora.modules_to_save": "trained whole beside the adapters",
     "model.new_tokens": "new tokens",
+    "model.freeze.trained_layers": "trained layers (negative: the first)",
+    "model.freeze.trained_modules": "trained parts of them",
+    "model.freeze.extra_modules": "trained beside the layers",
     "model.precision": "precision",
     "model.recompute": "gradient checkpointing",
     "optim.name": "optimizer",
@@ -178,10 +181,11 @@ def _is_hub_data(path: str) -> bool:
 def _settings(run: RecordedRun) -> Iterator[tuple[str, str]]:
     for key, name in _SETTINGS.items():
         value = run.settings.get(key)
-        is_adapter = run.settings.get("model.method", "full") != "full"
-        if value in (None, "auto", "", (), []) or (
-            key.startswith("model.lora.") and not is_adapter
-        ):
+        method = run.settings.get("model.method", "full")
+        is_other = (key.startswith("model.lora.") and method not in ("lora", "qlora")) or (
+            key.startswith("model.freeze.") and method != "freeze"
+        )
+        if value in (None, "auto", "", (), []) or is_other:
             continue
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         yield name, shown

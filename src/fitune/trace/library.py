@@ -254,6 +254,9 @@ class Recordings:
 
     def _layers_to_record(self, model: ModelConfig) -> Iterations | None:
         """Return how few of the model's layers are enough, None if all have to be recorded."""
+        if model.method == "freeze":
+            # A layer above a trained one keeps what a frozen one below it does not.
+            return None
         key = repr((model.source, model.shape, model.trust_remote_code))
         if key not in self._layers:
             self._layers[key] = find_layers(model)

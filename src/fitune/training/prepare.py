@@ -170,7 +170,7 @@ def _prepare(
         way_out="close other programs, or take a smaller model"
         + ("" if config.model.method == "qlora" else " or model.method=qlora"),
     )
-    if config.model.method != "full" and (clause := not_adapted(model)) is not None:
+    if config.model.has_adapters and (clause := not_adapted(model)) is not None:
         notes.append(clause)
     if data.prompts:
         notes.append(cache_note(data.prompts, num_new_tokens=config.eval.new_tokens, model=model))

@@ -184,11 +184,17 @@ LLAMA_FACTORY = Tool(
             "lora_dropout": ("model.lora.dropout", 0.0),
             "lora_target": ("model.lora.targets", "all"),
             "additional_target": ("model.lora.modules_to_save", None),
+            "freeze_trainable_layers": ("model.freeze.trained_layers", 2),
+            "freeze_trainable_modules": ("model.freeze.trained_modules", None),
+            "freeze_extra_modules": ("model.freeze.extra_modules", None),
         },
     },
     implied={
         "model/patcher.py and model/adapter.py": {
-            "frozen": ("model.precision", {"full": False, "lora": True, "qlora": True}),
+            "frozen": (
+                "model.precision",
+                {"full": False, "freeze": True, "lora": True, "qlora": True},
+            ),
         },
     },
 )

@@ -19,7 +19,7 @@ from fitune.config.importers.preference import put_preference
 from fitune.config.importers.read import ToolArguments
 from fitune.config.importers.tools import MINIMIND_SCRIPTS
 from fitune.config.importers.training import put_optimizer, put_run_length, put_saving, put_schedule
-from fitune.config.importers.vocabulary import put_vocabulary
+from fitune.config.importers.vocabulary import put_frozen, put_vocabulary
 from fitune.config.read import ResolvedConfig, read_config
 from fitune.config.write import commented_yaml
 from fitune.errors import ConfigError
@@ -149,15 +149,18 @@ def _method(draft: Draft) -> None:
     method = _method_name(draft)
     name = draft.name("model.method")
     draft.write("model.method", method, draft.quoted(name) if name else None)
-    if method == "full":
+    if method in ("full", "freeze"):
         lora = [
             name
             for name, key in draft.arguments.table.keys.items()
             if key.startswith("model.lora.")
         ]
         draft.reasons |= dict.fromkeys(
-            (*lora, "lora_target_linear", *_ADAPTER_KINDS), "all weights are trained"
+            (*lora, "lora_target_linear", *_ADAPTER_KINDS),
+            "all weights are trained" if method == "full" else "no adapters are trained",
         )
+        if method == "freeze":
+            put_frozen(draft)
     else:
         _lora(draft)
 
@@ -170,7 +173,8 @@ def _method_name(draft: Draft) -> str:
     if draft.tool in ("TRL", "transformers"):
         asked = "lora" if asked or in_4_bits or draft.name("model.lora.rank") == "r" else "full"
     asked = asked or "full"
-    if asked not in ("full", "lora", "qlora"):
+    known = ("full", "lora", "qlora", "freeze")
+    if asked not in known[: 4 if draft.tool == "LLaMA-Factory" else 3]:
         name = draft.name("model.method")
         assert name is not None
         raise draft.refuse(name, "fitune trains all weights (full) or adapters (lora, qlora)")

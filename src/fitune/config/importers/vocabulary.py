@@ -1,4 +1,4 @@
-"""Translate what other tools train beside adapters: new tokens, and layers that are trained whole."""
+"""Translate what other tools train besides adapters: new tokens, and layers that are not frozen."""
 
 from fitune.config.importers.draft import Draft, is_off
 
@@ -18,7 +18,7 @@ def put_vocabulary(draft: Draft) -> None:
         if any("special" in name for name in given):
             draft.differs.append("new special tokens: here they are shown in answers, as any other")
     draft.reasons["resize_vocab"] = "the vocabulary grows with model.new_tokens"
-    if draft.method == "full":
+    if draft.method in ("full", "freeze"):
         return
     key = "model.lora.modules_to_save"
     names = [name for name in draft.names(key) if not is_off(draft.argument(name))]
@@ -30,6 +30,15 @@ def put_vocabulary(draft: Draft) -> None:
             "new tokens: beside the adapters their rows of embedding and head are trained; "
             f"model.lora.modules_to_save={_TABLES} trains these whole"
         )
+
+
+def put_frozen(draft: Draft) -> None:
+    """Write which layers LLaMA-Factory's `finetuning_type: freeze` trains."""
+    draft.copy("model.freeze.trained_layers")
+    for key in ("model.freeze.trained_modules", "model.freeze.extra_modules"):
+        name = draft.name(key)
+        if name is not None and (parts := _listed(draft, name)) not in ([], ["all"]):
+            draft.write(key, parts)
 
 
 def _listed(draft: Draft, name: str) -> list[str]:
