@@ -248,6 +248,13 @@ STEPS = (
         options=("model.method=lora", "model.lora.init=pissa_niter_16"),
     ),
     StepCase(
+        name="label-smoothing",
+        model="llama",
+        rows=same(4, 1024),
+        options=("train.label_smoothing=0.1",),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
         name="freeze",
         model="llama",
         rows=same(4, 1024),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import nn
+from transformers.trainer_pt_utils import LabelSmoother
 
 from fitune.config import LoraConfig
 from fitune.data.rows import Batch, Row
@@ -76,7 +77,9 @@ def make_model(
     return model
 
 
-def plain_gradient(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
+def plain_gradient(
+    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, float]:
     """Return gradient and loss of plain transformers: the whole batch padded, its labels masked, its own loss."""
     width = max(len(row) for row in batch.rows)
     ids = torch.zeros((len(batch.rows), width), dtype=torch.int64)
@@ -89,7 +92,9 @@ def plain_gradient(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]
         )
     mask = torch.arange(width) < torch.tensor([len(row) for row in batch.rows]).unsqueeze(1)
     model.zero_grad()
-    loss = model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+    output = model(input_ids=ids, attention_mask=mask.long(), labels=labels)
+    smoother = LabelSmoother(epsilon=label_smoothing)
+    loss = smoother(output, labels, shift_labels=True) if label_smoothing else output.loss
     loss.backward()
     capture = Capture(model.parameters())
     capture.step()

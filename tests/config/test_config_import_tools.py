@@ -359,7 +359,7 @@ def test_where_two_could_be_meant_from_decides(
         (LF + "--use_galore true", "Muon, APOLLO, Adafactor and SGD"),
         (LF + "--new_special_tokens_config x", "adds tokens by their text alone"),
         (LF + "--rope_scaling linear", "config.json describes it"),
-        (LF + "--label_smoothing_factor 0.1", "plain cross-entropy"),
+        (LF + "--stage dpo --label_smoothing_factor 0.1", "no effect while objective is dpo"),
         ("swift sft --model m --dataset org/d:zh#5", "a hub's split 'train' and default subset"),
         ("swift sft gone.yaml", "names the configuration gone.yaml, which cannot be read"),
     ],
@@ -413,6 +413,10 @@ def test_new_tokens_and_layers_beside_adapters_are_taken_over() -> None:
     full = command(LF + "--finetuning_type full --add_tokens <a>,<b> --additional_target norm")
     assert full.resolved.config.model.new_tokens == ("<a>", "<b>")
     assert "additional_target" in full.not_needed
+
+
+def test_label_smoothing_is_taken_over() -> None:
+    assert command(LF + "--label_smoothing_factor 0.1").resolved.config.train.label_smoothing == 0.1
 
 
 def test_frozen_layers_of_llama_factory_are_taken_over() -> None:

@@ -1,5 +1,7 @@
 """One gradient for one effective batch, however it is split, laid out and computed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,23 @@ def test_the_trained_layers_beside_frozen_ones_have_one_gradient_too(loss: str) 
     for name, how in SPLITS.items():
         found, _ = gradient(model, split(batch, packed=True, **how), loss)
         assert distance(found, expected) < 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_smoothed_labels_have_the_gradient_of_transformers_for_every_split(family: str) -> None:
+    """The reference is `LabelSmoother` on the whole padded batch, here also with capped logits."""
+    model, batch = make_model(family), make_batch()
+    expected, expected_loss = plain_gradient(model, batch, label_smoothing=0.2)
+    for loss in ("full", "chunked"):
+        settings = settings_for(model, loss)
+        smoothed = replace(settings, objective=replace(settings.objective, label_smoothing=0.2))
+        for name in ("one", "rows of 2"):
+            for packed in (True, False) if family == "llama" else (False,):
+                capture = Capture(model.parameters())
+                micro_batches = split(batch, packed=packed, **SPLITS[name])
+                result = train_step(model, capture, micro_batches, settings=smoothed)
+                assert distance(capture.vector(), expected) < 1e-6, (loss, name, packed)
+                assert result.loss == pytest.approx(expected_loss, rel=1e-6)
 
 
 def test_six_by_four_and_four_by_six_are_one_gradient() -> None:

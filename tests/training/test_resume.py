@@ -59,6 +59,7 @@ KINDS = {
     "dora": ("model.method=lora", "model.lora.dora=true", "model.lora.rslora=true"),
     "pissa": ("model.method=lora", "model.lora.rank=4", "model.lora.init=pissa"),
     "new tokens": ("model.method=lora", "model.new_tokens=[user, assistant]"),
+    "label smoothing": ("train.label_smoothing=0.1",),
     "freeze": ("model.method=freeze", "model.freeze.trained_layers=1"),
     "head too": ("model.method=lora", "model.lora.modules_to_save=[lm_head, norm]"),
     "bfloat16": ("model.precision=bfloat16",),

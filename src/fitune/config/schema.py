@@ -232,6 +232,11 @@ class RunConfig(Section):
             )
         if not self.is_of_pairs:
             return
+        if self.train.label_smoothing:
+            yield (
+                f"train.label_smoothing has no effect while objective is {self.objective}: set "
+                "objective to sft, or drop it"
+            )
         if self.model.shard != "none":
             yield (
                 f"objective {self.objective} does not work with model.shard full: drop one of them"

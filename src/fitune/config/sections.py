@@ -441,6 +441,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), WholeNumber] = Field(
         0, description="seed of all random numbers"
     )
+    label_smoothing: BelowOne = Field(
+        0.0, description="share of each target that is spread over all tokens of the vocabulary"
+    )
     eval_every: Positive | Auto = Field(
         "auto",
         description="optimizer steps between evaluations; auto: ten in a run, and at least five steps apart",

@@ -328,6 +328,8 @@ COMMANDS: dict[str, str] = {
     "'{text}' is not a duration; write it like 11h, 90m or 1h30m": "'{text}' 不是时长；请写成 11h、90m 或 1h30m",
     "random: train from scratch, without the model's weights": "random：从零训练，不用模型的权重",
     "full: every weight; freeze: some layers; lora: adapters; qlora: adapters on weights in 4 bits": "full：全参数；freeze：部分层；lora：适配器；qlora：4 位权重上的适配器",
+    "share of each target that is spread over all tokens of the vocabulary": "标签平滑：每个目标分给词表所有 token 的比例",
+    "train.label_smoothing has no effect while objective is {objective}: set objective to sft, or drop it": "objective 为 {objective} 时 train.label_smoothing 不起作用：请设 objective 为 sft，或去掉它",
     "so many of the last layers are trained, or of the first if negative": "训练最后这么多层，负数表示最前这么多层",
     "parts of these layers, such as mlp and self_attn, or all": "这些层里训练的部分，例如 mlp 和 self_attn，或 all",
     "parts outside the layers that are trained too: embed_tokens, norm, lm_head": "层以外同时训练的部分：embed_tokens、norm、lm_head",

@@ -31,5 +31,5 @@ def unbound_objective(config: RunConfig, tokens: SupervisedTokens | None = None)
     tokens = tokens or SupervisedTokens()
     logits = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
     if config.objective == "sft":
-        return Supervised(**logits)
+        return Supervised(**logits, label_smoothing=config.train.label_smoothing)
     return Preference(**logits, name=config.objective, settings=config.preference)

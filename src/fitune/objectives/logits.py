@@ -142,15 +142,25 @@ def transform_logits(raw_NV: Tensor, head: Head) -> Tensor:
 
 
 def losses_and_gradient(
-    logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head
+    logits_NV: Tensor,
+    target_N: Tensor,
+    weights_N: Tensor,
+    head: Head,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [N] and the gradient of their weighted sum.
 
     The gradient is that with respect to `raw_NV` of `transform_logits`: w * scale * (softmax - target) *
     (1 - tanh^2). The logits are overwritten.
+
+    label_smoothing: a share of the target that all V tokens have equally, as in transformers'
+        `LabelSmoother` and torch's `cross_entropy`.
     """
     target_N1 = target_N.unsqueeze(1)
     picked_N = logits_NV.gather(1, target_N1).squeeze(1)
+    if label_smoothing:
+        picked_N = picked_N.lerp_(logits_NV.mean(-1), label_smoothing)
     largest_N1 = logits_NV.amax(-1, keepdim=True)
     slope_NV = (
         None if head.soft_cap is None else logits_NV.div(head.soft_cap).square_().neg_().add_(1)
@@ -158,7 +168,10 @@ def losses_and_gradient(
     grad_NV = logits_NV.sub_(largest_N1).exp_()
     total_N1 = grad_NV.sum(-1, keepdim=True)
     factor_N1 = (weights_N * head.scale).unsqueeze(1)
-    grad_NV.mul_(factor_N1 / total_N1).scatter_add_(1, target_N1, -factor_N1)
+    of_target = label_smoothing - 1
+    grad_NV.mul_(factor_N1 / total_N1).scatter_add_(1, target_N1, of_target * factor_N1)
+    if label_smoothing:
+        grad_NV.sub_(factor_N1 * (label_smoothing / grad_NV.shape[1]))
     if slope_NV is not None:
         grad_NV.mul_(slope_NV)
     return (largest_N1 + total_N1.log()).squeeze(1) - picked_N, grad_NV

@@ -38,6 +38,9 @@ from fitune.objectives.objective import Measured
 class Supervised(SupervisedTokens):
     """Minimises the weighted cross-entropy of the supervised tokens (see `Objective`)."""
 
+    #: see `losses_and_gradient`; an evaluation takes the plain cross-entropy
+    label_smoothing: float = 0.0
+
     @property
     def totals(self) -> Mapping[str, torch.dtype]:
         return {"correct": torch.int64}
@@ -49,11 +52,18 @@ class Supervised(SupervisedTokens):
     def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the weighted sum of the token losses of a micro-batch, a float32 scalar."""
         if self.head is None:
-            return _weighted_cross_entropy(supervised_logits(model, micro_batch), micro_batch)
+            logits_NV = supervised_logits(model, micro_batch)
+            return _weighted_cross_entropy(logits_NV, micro_batch, self.label_smoothing)
         with joined_to_embedding(self.head) as heads:
             hidden_ND = supervised_hidden(self.head, micro_batch)
         chunks = self.chunks(hidden_ND.shape[0], "train")
-        return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunks=chunks)
+        return chunked_cross_entropy(
+            hidden_ND,
+            heads[-1],
+            micro_batch,
+            chunks=chunks,
+            label_smoothing=self.label_smoothing,
+        )
 
     def evaluate(self, model: nn.Module, micro_batch: MicroBatch) -> Measured:
         """Return the losses, and how often the most likely token is the target."""
@@ -88,11 +98,17 @@ class Supervised(SupervisedTokens):
 
 
 def chunked_cross_entropy(
-    hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunks: Iterable[slice]
+    hidden_ND: Tensor,
+    head: Head,
+    micro_batch: MicroBatch,
+    *,
+    chunks: Iterable[slice],
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the weighted sum of the cross-entropies of `head.logits(hidden_ND)`, a float32 scalar.
 
     chunks: of the supervised tokens; only the logits of one chunk exist at the same time
+    label_smoothing: see `losses_and_gradient`
     """
     loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND,
@@ -102,6 +118,7 @@ def chunked_cross_entropy(
         micro_batch.target_weights_N,
         head,
         chunks,
+        label_smoothing,
     )
     return cast(Tensor, loss)
 
@@ -123,6 +140,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights_N: Tensor,
         head: Head,
         chunks: Iterable[slice],
+        label_smoothing: float,
     ) -> Tensor:
         compute_dtype = compute_dtype_of(hidden_ND)
         matmul_weight_VD = weight_VD.to(compute_dtype)
@@ -139,7 +157,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     F.linear(part_ND, matmul_weight_VD, bias).float(), head
                 )
                 losses_N, grad_NV = losses_and_gradient(
-                    logits_NV, target_N[chunk], weights_N[chunk], head
+                    logits_NV,
+                    target_N[chunk],
+                    weights_N[chunk],
+                    head,
+                    label_smoothing=label_smoothing,
                 )
                 loss += losses_N @ weights_N[chunk]
                 if not (needs_hidden or needs_weight or needs_bias):
@@ -163,11 +185,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         # In place: only this function has these tensors, and there is no double backward.
         grads = [next(saved).mul_(factor) if present else None for present in ctx.present]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
-def _weighted_cross_entropy(logits_NV: Tensor, micro_batch: MicroBatch) -> Tensor:
-    losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
+def _weighted_cross_entropy(
+    logits_NV: Tensor, micro_batch: MicroBatch, label_smoothing: float
+) -> Tensor:
+    losses_N = F.cross_entropy(
+        logits_NV.float(),
+        micro_batch.target_ids_N,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     return losses_N @ micro_batch.target_weights_N
 
 

@@ -136,7 +136,7 @@ class Forecaster:
             config.optim.model_dump(
                 mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}
             ),
-            config.data.packing,
+            [config.data.packing, config.train.label_smoothing],
             [config.memory.allocator, config.memory.routing],
             [device.name, device.total_bytes, device.compute_capability],
             allocator_name() if device.kind == "cpu" else None,

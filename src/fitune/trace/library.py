@@ -287,6 +287,7 @@ def _without_samples(config: RunConfig) -> tuple[object, ...]:
         config.loss,
         config.objective,
         config.preference,
+        config.train.label_smoothing,
         config.memory.routing,
     )
 
@@ -302,6 +303,7 @@ def _without_recompute_and_loss(config: RunConfig) -> tuple[object, ...]:
         config.optim,
         config.objective,
         config.preference,
+        config.train.label_smoothing,
         config.memory.routing,
     )
 

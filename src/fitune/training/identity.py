@@ -43,6 +43,8 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
             f"train.{key}": getattr(config.train, key)
             for key in ("seed", "epochs", "steps", "tokens")
         },
+        # None for none, as in runs of earlier versions.
+        "train.label_smoothing": config.train.label_smoothing or None,
         "eval.patience": config.eval.patience,
     }
 

@@ -40,7 +40,7 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
         "loss_name": ("cross-entropy",),
         **_none_of(
             "use_dft_loss use_asft_loss use_eaft_loss use_eaft enable_dft_loss enable_channel_loss "
-            "label_smoothing_factor label_smoothing loss_scale_config_path use_loss_scale "
+            "label_smoothing loss_scale_config_path use_loss_scale "
             "scaling_softmax"
         ),
     },

@@ -85,6 +85,7 @@ TRANSFORMERS = Tool(
             "num_train_epochs": ("train.epochs", 3.0),
             "max_steps": ("train.steps", None),
             "seed": ("train.seed", 42),
+            "label_smoothing_factor": ("train.label_smoothing", None),
             "output_dir": ("run.output", None),
             "report_to": ("run.trackers", None),
             "bf16": ("model.precision", False),

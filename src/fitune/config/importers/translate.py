@@ -121,6 +121,8 @@ def translate(
     put_saving(draft)
     for key in _SAME_MEANING:
         draft.copy(key, bool if key in _SWITCHES else None)
+    if draft.value("train.label_smoothing"):
+        draft.copy("train.label_smoothing")
     draft.differs.extend(_general_differences(draft))
     dropped, not_needed = draft.unmentioned()
     try:
