@@ -11,6 +11,7 @@ from fitune.errors import UsageError
 from fitune.machine import devices
 from fitune.machine.cards import CATALOGUE, Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
+from fitune.machine.process_memory import unknown_accelerator
 from fitune.units import GIB, MIB
 
 
@@ -354,3 +355,28 @@ def test_the_tensor_rate_is_that_of_the_cores_of_its_kind(row: Device) -> None:
     assert any(
         ratio == pytest.approx(each, rel=0.015) for each in _TENSOR_RATIOS[row.compute_capability]
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "hip", "sentence"),
+    [
+        ("mps", None, "of the kind mps, which fitune does not train on"),
+        ("npu", None, "of the kind npu, which fitune does not train on"),
+        (
+            "cuda",
+            "6.4",
+            "is of AMD: a run uses it, but plan and prediction are of the host's memory",
+        ),
+        ("cuda", None, None),
+        (None, None, None),
+    ],
+)
+def test_an_accelerator_that_predictions_do_not_know_is_named(
+    kind: str | None, hip: str | None, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = None if kind is None else SimpleNamespace(type=kind)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: found is not None)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: found)
+    monkeypatch.setattr("torch.version.hip", hip)
+    note = unknown_accelerator()
+    assert note == sentence if sentence is None else sentence in str(note)

@@ -46,6 +46,8 @@ MODELS: dict[str, str] = {
     "model.freeze.extra_modules names {name}, which is a part of the layers: name it in model.freeze.trained_modules": "model.freeze.extra_modules 里的 {name} 属于层内：请写在 model.freeze.trained_modules 里",
     "model.method freeze needs a list of layers, and this model has none: use lora": "model.method freeze 需要一列层，而这个模型没有：请用 lora",
     "model.freeze names {name}, which {where} does not have: give the last names of parts, such as mlp or embed_tokens": "model.freeze 写了 {name}，{where}没有：请写部件名的最后一段，例如 mlp 或 embed_tokens",
+    "this machine's card is of AMD: a run uses it, but plan and prediction are of the host's memory, since what its kernels allocate is not known; give batch.micro": "本机的显卡是 AMD 的：运行会使用它，但规划和预测按主机内存计算，因为不知道它的内核分配多少；请给出 batch.micro",
+    "this machine has an accelerator of the kind {kind}, which fitune does not train on: plan and run are of the CPU": "本机有 {kind} 类型的加速器，fitune 不在它上面训练：规划和运行都按 CPU",
     "it names no number format": "它没有写明数值格式",
     "{path} cannot be read ({error}), so it is not known which model these adapters belong to": "无法读取 {path}（{error}），因此不知道这些适配器属于哪个模型",
     "{source} has other weights than the model that {adapters} was trained on: put that model back, or use the adapters as they are, with peft": "{source} 的权重与训练 {adapters} 时的模型不同：请放回那个模型，或用 peft 直接使用这些适配器",

@@ -63,6 +63,28 @@ def choose_device() -> torch.device:
     )
 
 
+def unknown_accelerator() -> str | None:
+    """Return a sentence about an accelerator of this machine that predictions do not know.
+
+    PyTorch has AMD's cards under the name cuda.
+    """
+    if not torch.accelerator.is_available():
+        return None
+    found = torch.accelerator.current_accelerator()
+    kind = "cpu" if found is None else found.type
+    if kind == "cuda" and torch.version.hip is not None:
+        return (
+            "this machine's card is of AMD: a run uses it, but plan and prediction are of the "
+            "host's memory, since what its kernels allocate is not known; give batch.micro"
+        )
+    if kind in ("cpu", "cuda"):
+        return None
+    return (
+        f"this machine has an accelerator of the kind {kind}, which fitune does not train on: plan "
+        "and run are of the CPU"
+    )
+
+
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -26,6 +26,7 @@ from fitune.errors import ConfigError, UsageError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
 from fitune.machine.libc import allocator_habit
+from fitune.machine.process_memory import unknown_accelerator
 from fitune.model.load import check_length, load_model
 from fitune.model.precision import Precision
 from fitune.planning.choices import with_routing
@@ -141,6 +142,8 @@ def predict_run(
         config, passes, target=cuda_target(config.model, device)
     )
     trace = _complete_trace(config.model, recorded, num_shards=num_shards)
+    if device.kind == "cpu" and (note := unknown_accelerator()) is not None:
+        trace = replace(trace, source=(*trace.source, note))
     is_here = device.kind == "cpu" or device.uuid is not None
     here = circumstances(device, config.model.source) if is_here else None
     residuals = read_residuals(here) if here else ()

@@ -19,7 +19,7 @@ from fitune.distributed.sharding import check_torch
 from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.language import say
 from fitune.machine.out_of_memory import try_twice
-from fitune.machine.process_memory import choose_device
+from fitune.machine.process_memory import choose_device, unknown_accelerator
 from fitune.model.load import check_length, count_parameters, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
 from fitune.planning.choices import settings_of_candidate, still_open
@@ -200,6 +200,8 @@ def _configuration_notes(config: RunConfig, device: torch.device) -> Iterator[st
     if config.memory.gpu is not None:
         yield "memory.gpu is for plans: a run uses the card that is there"
     yield from model_notes(config.model)
+    if (note := unknown_accelerator()) is not None:
+        yield note
     if (note := unusual_rate(config.optim)) is not None:
         yield note
 
