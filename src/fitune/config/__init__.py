@@ -12,8 +12,6 @@ from fitune.config.sections import (
     DataConfig,
     DataSource,
     EvalConfig,
-    FreezeConfig,
-    LoraConfig,
     MemoryConfig,
     ModelConfig,
     OptimConfig,
@@ -22,6 +20,7 @@ from fitune.config.sections import (
     ShapeConfig,
     TrainConfig,
 )
+from fitune.config.trained_parts import FreezeConfig, LoraConfig
 from fitune.config.values import (
     Attention,
     Auto,

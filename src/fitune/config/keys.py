@@ -7,7 +7,8 @@ from typing import Any
 
 from fitune.config.importers.names import NAMES_OF_OTHER_TOOLS, hint_for_name
 from fitune.config.schema import RunConfig
-from fitune.config.sections import DataSource, Section
+from fitune.config.sections import DataSource
+from fitune.config.trained_parts import Section
 from fitune.config.yaml_lines import KeyPath, dotted
 
 _MAIN_KEYS = {

@@ -29,7 +29,8 @@ from fitune.config.draft import (
 )
 from fitune.config.keys import key_of, leaves, schema_at, section_message, suggestion
 from fitune.config.schema import RunConfig
-from fitune.config.sections import DataSource, Section
+from fitune.config.sections import DataSource
+from fitune.config.trained_parts import Section
 from fitune.config.wording import describe_fault, format_value
 from fitune.config.yaml_lines import KeyPath, dotted, parse_yaml
 from fitune.errors import ConfigError

@@ -23,9 +23,9 @@ from fitune.config.sections import (
     OptimConfig,
     OutputConfig,
     PreferenceConfig,
-    Section,
     TrainConfig,
 )
+from fitune.config.trained_parts import Section
 from fitune.config.values import Auto, Loss, ObjectiveName
 from fitune.optimizers.table import OPTIMIZERS
 
@@ -106,6 +106,7 @@ class RunConfig(Section):
             )
         faults += self._probe_without_effect()
         faults += self._not_sharded()
+        faults += self._trained_part_faults()
         faults += self._adapter_faults()
         faults += self._preference_faults()
         if faults:
@@ -179,13 +180,15 @@ class RunConfig(Section):
                 "train.probe works in one process and model.shard full needs several: drop one of them"
             )
 
-    def _adapter_faults(self) -> Iterator[str]:
-        lora = self.model.lora
+    def _trained_part_faults(self) -> Iterator[str]:
         if len(set(self.model.new_tokens)) < len(self.model.new_tokens):
             yield "model.new_tokens names a token twice: keep one"
         freeze = self.model.freeze
         if freeze.trained_layers == 0 and not freeze.extra_modules:
             yield "model.freeze.trained_layers 0 trains nothing: name model.freeze.extra_modules"
+
+    def _adapter_faults(self) -> Iterator[str]:
+        lora = self.model.lora
         if not self.model.has_adapters:
             return
         if self.model.shard != "none":

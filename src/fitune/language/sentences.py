@@ -318,10 +318,14 @@ _REASONS = {
     "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported": "只导入监督微调和 LLaMA-Factory 的 stage dpo",
     "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": "fitune 用所有计入损失的 token 的普通交叉熵训练：去掉它就这样训练",
     "fitune trains all weights (full) or adapters (lora, qlora): take it out to train so": "fitune 训练全部权重（full）或适配器（lora、qlora）：去掉它就这样训练",
-    "fitune's adapters are LoRA on linear layers of one rank: take it out to train so": "fitune 的适配器是线性层上单一秩的 LoRA：去掉它就这样训练",
+    "fitune's adapters are LoRA on linear layers of one rank: take it out to train so": (
+        "fitune 的适配器是线性层上单一秩的 LoRA：去掉它就这样训练"
+    ),
     "a vocabulary that grows here gets a multiple of 64 rows": "这里词表扩大时，大小取 64 的倍数",
     "no adapters are trained": "不训练适配器",
-    "new special tokens: here they are shown in answers, as any other": "新的特殊 token：在这里会像其他 token 一样显示在回答里",
+    "new special tokens: here they are shown in answers, as any other": (
+        "新的特殊 token：在这里会像其他 token 一样显示在回答里"
+    ),
     "new tokens: beside the adapters their rows of embedding and head are trained; model.lora.modules_to_save={tables} trains these whole": "新 token：与适配器一起训练嵌入和输出层中它们的行；model.lora.modules_to_save={tables} 则整层训练",
     "fitune starts from a model, not from an adapter: merge the adapter first and give the merged model": "fitune 从模型开始，不从适配器开始：请先合并适配器，再给出合并后的模型",
     "fitune adds tokens by their text alone (model.new_tokens): save the model with these and give that model": "fitune 只按文字添加 token（model.new_tokens）：请把加了这些 token 的模型保存后给出",

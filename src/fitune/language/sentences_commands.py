@@ -270,8 +270,12 @@ COMMANDS: dict[str, str] = {
     "keep a text file of the present numbers here, for node_exporter's textfile collector": "在这里保持一个写有当前数值的文本文件，供 node_exporter 的 textfile 收集器读取",
     "model.lora.{key} has no effect while model.method is {method}: set model.method to lora, or drop it": "model.method 为 {method} 时 model.lora.{key} 不起作用：请把 model.method 设为 lora，或去掉它",
     "model.freeze.{key} has no effect while model.method is {method}: set model.method to freeze, or drop it": "model.method 为 {method} 时 model.freeze.{key} 不起作用：请把 model.method 设为 freeze，或去掉它",
-    "model.freeze.trained_layers 0 trains nothing: name model.freeze.extra_modules": "model.freeze.trained_layers 为 0 时什么都不训练：请写 model.freeze.extra_modules",
-    "model.method freeze does not work with model.shard full: drop one of them": "model.method freeze 不能与 model.shard full 一起用：请去掉其中一个",
+    "model.freeze.trained_layers 0 trains nothing: name model.freeze.extra_modules": (
+        "model.freeze.trained_layers 为 0 时什么都不训练：请写 model.freeze.extra_modules"
+    ),
+    "model.method freeze does not work with model.shard full: drop one of them": (
+        "model.method freeze 不能与 model.shard full 一起用：请去掉其中一个"
+    ),
     "model.offload_activations has no effect while model.recompute is {recompute}: set model.recompute to full, selective, every_2 or every_4": "model.recompute 为 {recompute} 时 model.offload_activations 不起作用：请把 model.recompute 设为 full、selective、every_2 或 every_4",
     "data.eval_fraction has no effect beside data.eval: drop one of them": "给了 data.eval 时 data.eval_fraction 不起作用：请去掉其中一个",
     "{key} {value} has no effect while data.eval_fraction is 0 and data.eval is "
@@ -328,11 +332,17 @@ COMMANDS: dict[str, str] = {
     "'{text}' is not a duration; write it like 11h, 90m or 1h30m": "'{text}' 不是时长；请写成 11h、90m 或 1h30m",
     "random: train from scratch, without the model's weights": "random：从零训练，不用模型的权重",
     "full: every weight; freeze: some layers; lora: adapters; qlora: adapters on weights in 4 bits": "full：全参数；freeze：部分层；lora：适配器；qlora：4 位权重上的适配器",
-    "share of each target that is spread over all tokens of the vocabulary": "标签平滑：每个目标分给词表所有 token 的比例",
+    "share of each target that is spread over all tokens of the vocabulary": (
+        "标签平滑：每个目标分给词表所有 token 的比例"
+    ),
     "train.label_smoothing has no effect while objective is {objective}: set objective to sft, or drop it": "objective 为 {objective} 时 train.label_smoothing 不起作用：请设 objective 为 sft，或去掉它",
     "so many of the last layers are trained, or of the first if negative": "训练最后这么多层，负数表示最前这么多层",
-    "parts of these layers, such as mlp and self_attn, or all": "这些层里训练的部分，例如 mlp 和 self_attn，或 all",
-    "parts outside the layers that are trained too: embed_tokens, norm, lm_head": "层以外同时训练的部分：embed_tokens、norm、lm_head",
+    "parts of these layers, such as mlp and self_attn, or all": (
+        "这些层里训练的部分，例如 mlp 和 self_attn，或 all"
+    ),
+    "parts outside the layers that are trained too: embed_tokens, norm, lm_head": (
+        "层以外同时训练的部分：embed_tokens、norm、lm_head"
+    ),
     "rank of the adapters": "适配器的秩",
     "rank-stabilised: scale by alpha / sqrt(rank) instead of alpha / rank": (
         "rsLoRA：缩放为 alpha / sqrt(rank)，而不是 alpha / rank"

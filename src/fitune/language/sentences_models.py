@@ -41,10 +41,14 @@ MODELS: dict[str, str] = {
     "has as a block of layers": "里是由多层组成的模块",
     "model.lora.modules_to_save names {name}, which this model {what}: name single layers such as embed_tokens or lm_head": "model.lora.modules_to_save 写了 {name}，这个模型{what}：请写单个层，例如 embed_tokens 或 lm_head",
     "the head of this model has a bias, so the rows of new tokens cannot be trained alone: name {head} in model.lora.modules_to_save": "这个模型的输出层带偏置，无法只训练新 token 的行：请在 model.lora.modules_to_save 里写上 {head}",
-    "model.freeze.trained_layers is {count}, and this model has {layers} layers: lower it": "model.freeze.trained_layers 是 {count}，而这个模型有 {layers} 层：请调低",
+    "model.freeze.trained_layers is {count}, and this model has {layers} layers: lower it": (
+        "model.freeze.trained_layers 是 {count}，而这个模型有 {layers} 层：请调低"
+    ),
     "a layer of it": "它的层",
     "model.freeze.extra_modules names {name}, which is a part of the layers: name it in model.freeze.trained_modules": "model.freeze.extra_modules 里的 {name} 属于层内：请写在 model.freeze.trained_modules 里",
-    "model.method freeze needs a list of layers, and this model has none: use lora": "model.method freeze 需要一列层，而这个模型没有：请用 lora",
+    "model.method freeze needs a list of layers, and this model has none: use lora": (
+        "model.method freeze 需要一列层，而这个模型没有：请用 lora"
+    ),
     "model.freeze names {name}, which {where} does not have: give the last names of parts, such as mlp or embed_tokens": "model.freeze 写了 {name}，{where}没有：请写部件名的最后一段，例如 mlp 或 embed_tokens",
     "this machine's card is of AMD: a run uses it, but plan and prediction are of the host's memory, since what its kernels allocate is not known; give batch.micro": "本机的显卡是 AMD 的：运行会使用它，但规划和预测按主机内存计算，因为不知道它的内核分配多少；请给出 batch.micro",
     "this machine has an accelerator of the kind {kind}, which fitune does not train on: plan and run are of the CPU": "本机有 {kind} 类型的加速器，fitune 不在它上面训练：规划和运行都按 CPU",

@@ -249,11 +249,10 @@ def load_model(
         )
     if not meta and new is not None:
         grow(built, new)
-    noted = None
     if model.method == "freeze":
         freeze(built, model.freeze)
-    if not meta and model.has_adapters:
-        noted = describe(model, built, seed=seed, new=new)
+    is_noted = model.has_adapters and not meta
+    noted = describe(model, built, seed=seed, new=new) if is_noted else None
     if model.method == "qlora":
         built = quantise(built)
     adapted: PreTrainedModel | PeftModel = built
