@@ -18,6 +18,7 @@ from fitune.errors import ModelError
 from fitune.model.gguf_write import GgufFacts, write_gguf, write_gguf_adapter
 from fitune.model.load import build_model, quiet_transformers
 from fitune.model.lora import apply_lora
+from fitune.model.new_tokens import grow, new_tokens
 from fitune.model.ollama import find_parts, modelfile
 from fitune.model.presets import llama_config, qwen3_config, qwen3_moe_config
 from tiny_models import TINY_GPT2, save_tokenizer
@@ -112,6 +113,34 @@ def test_adapters_alone_are_what_the_merged_file_has_on_top_of_the_base(tmp_path
     for name in changed:
         delta = adapters[f"{name}.lora_b"] @ adapters[f"{name}.lora_a"] * scale
         assert np.allclose(before[name] + delta, after[name], atol=1e-5), name
+
+
+def test_new_tokens_and_their_trained_rows_are_in_the_file_of_a_merged_model(
+    tmp_path: Path,
+) -> None:
+    base, tokenizer = build_model(UNTIED), bpe_tokenizer()
+    new = [f"<new{number}>" for number in range(6)]
+    tokenizer.add_tokens(new)
+    grow(base, new_tokens(tokenizer, new, UNTIED))
+    ids = tokenizer.convert_tokens_to_ids(new)
+    model = apply_lora(base, LoraConfig(rank=4), new_ids=ids).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.normal_(std=0.1)
+    write(model, tmp_path / "tiny.gguf", tokenizer=tokenizer)
+    with quiet_transformers(), torch.no_grad():
+        place = {"pretrained_model_name_or_path": tmp_path, "gguf_file": "tiny.gguf"}
+        text = tokenizer("what is <new3>", return_tensors="pt")["input_ids"]
+        assert ids[3] in text[0]
+        assert (
+            AutoTokenizer.from_pretrained(**place)("what is <new3>")["input_ids"]
+            == text[0].tolist()
+        )
+        back = AutoModelForCausalLM.from_pretrained(**place).eval()
+        assert torch.allclose(back(text).logits, model(text).logits, atol=1e-4)
+    with pytest.raises(ModelError, match=r"has no place for .*: export the merged model"):
+        write_gguf_adapter(model, tmp_path / "lora.gguf", name="tiny")
 
 
 def test_the_file_has_the_vocabulary_and_what_ends_an_answer(tmp_path: Path) -> None:

@@ -26,7 +26,10 @@ _SAMPLED_ELEMENTS = 4096
 
 def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: Examples) -> Json:
     optim = config.optim.model_dump(mode="json") | {"lr": setup.peak_lr}
-    lora = config.model.lora.model_dump(mode="json") if config.model.has_adapters else {}
+    # The hash of the model knows what is trained beside the adapters.
+    without = {"modules_to_save"}
+    lora = config.model.lora.model_dump(mode="json", exclude=without)
+    lora = lora if config.model.has_adapters else {}
     return {
         "model": _model_hash(setup),
         "model.method": config.model.method,
