@@ -12,7 +12,7 @@ from fitune.config import LoraConfig, ModelConfig
 from fitune.errors import ModelError
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.load import build_model, load_config, load_model, load_tokenizer
-from fitune.model.lora import apply_lora, load_adapters
+from fitune.model.lora import apply_lora, load_adapters, not_adapted
 from fitune.model.save import save_model
 from fitune.model.saved import load_directory
 from tiny_models import TINY_LLAMA
@@ -92,6 +92,7 @@ def test_what_is_trained_beside_adapters_is_saved_with_them_and_merged(
     tokenizer = load_tokenizer(model)
     adapted = load_model(model, CPU).eval()
     assert trained_beside(adapted) == trained
+    assert not_adapted(adapted) is None
     assert trained_beside(load_model(model, torch.device("meta"))) == trained
     torch.manual_seed(0)
     for parameter in adapted.parameters():

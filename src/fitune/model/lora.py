@@ -282,13 +282,14 @@ def not_adapted(model: PreTrainedModel) -> str | None:
     Returns None if nothing does. Fused experts and their router are parameters of three and two
     dimensions, not linear layers.
     """
-    linear = (nn.Linear, Conv1D, nn.Embedding)
+    # peft holds the trained rows of new tokens in a dictionary.
+    linear = (nn.Linear, Conv1D, nn.Embedding, nn.ParameterDict)
     bare = [
         (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", num_weights(parameter))
         for name, module in model.named_modules()
         if not isinstance(module, linear)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1 and not parameter.requires_grad
+        if parameter.dim() > 1
     ]
     if not bare:
         return None
