@@ -27,8 +27,11 @@ from fitune.config.sections import (
     Section,
     TrainConfig,
 )
-from fitune.config.values import Auto, Loss, ObjectiveName
+from fitune.config.values import Auto, Loss, ObjectiveName, ReferenceKind
 from fitune.optimizers.table import OPTIMIZERS
+
+#: the objectives that compare with the model before the training
+WITH_REFERENCE: tuple[ObjectiveName, ...] = ("dpo",)
 
 
 class RunConfig(Section):
@@ -58,9 +61,14 @@ class RunConfig(Section):
         return self.objective != "sft"
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the objective compares with the model before the training."""
-        return self.objective == "dpo"
+    def reference(self) -> ReferenceKind | None:
+        """Where the log-probabilities under the reference come from; None if there is none.
+
+        auto takes what needs the least memory: two numbers a sample instead of a second model.
+        """
+        if self.objective not in WITH_REFERENCE:
+            return None
+        return "kept" if self.preference.reference == "auto" else self.preference.reference
 
     @property
     def sample_tokens(self) -> int:
@@ -203,6 +211,7 @@ class RunConfig(Section):
             "loss_type": ("dpo",),
             "label_smoothing": ("dpo", "simpo"),
             "simpo_gamma": ("simpo",),
+            "reference": WITH_REFERENCE,
         }
         for key in given:
             if self.objective not in uses[key]:
@@ -216,6 +225,7 @@ class RunConfig(Section):
                 f"preference.label_smoothing has no effect while preference.loss_type is {loss_type}: "
                 "set it to sigmoid or robust, or drop one of them"
             )
+        yield from self._reference_faults()
         if not self.is_of_pairs:
             return
         if self.model.shard != "none":
@@ -226,6 +236,24 @@ class RunConfig(Section):
             yield (
                 f"data.mask all makes objective {self.objective} judge the question too, which both "
                 "answers share: set it to assistant, or drop it"
+            )
+
+    def _reference_faults(self) -> Iterator[str]:
+        model, kind = self.model, self.reference
+        if kind == "adapter_off" and model.method == "full":
+            yield (
+                "preference.reference adapter_off is the model under its adapters, and model.method "
+                "full has none: use kept or frozen_copy"
+            )
+        elif kind == "adapter_off" and model.lora.changes_base:
+            yield (
+                f"model.lora.init {model.lora.init} moves a part of the weights into the adapters, so "
+                "the model without them is no reference: set preference.reference to kept"
+            )
+        elif kind == "frozen_copy" and model.method != "full":
+            yield (
+                "preference.reference frozen_copy is a second model, and with model.method "
+                f"{model.method} the frozen weights are there already: use kept or adapter_off"
             )
 
     def _probe_without_effect(self) -> Iterator[str]:

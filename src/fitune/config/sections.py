@@ -26,6 +26,7 @@ from fitune.config.values import (
     Precision,
     Rate,
     Recompute,
+    ReferenceKind,
     Samples,
     Scale,
     Scaling,
@@ -251,6 +252,12 @@ class PreferenceConfig(Section):
     )
     simpo_gamma: Annotated[Float, Field(ge=0, le=100)] = Field(
         0.5, description="of simpo: the margin that a chosen answer should have"
+    )
+    reference: ReferenceKind | Auto = Field(
+        "auto",
+        description=(
+            "of dpo: kept computes its log-probabilities once, adapter_off and frozen_copy in each step"
+        ),
     )
 
 

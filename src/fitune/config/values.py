@@ -52,6 +52,8 @@ def _duration(value: str) -> str:
 Auto = Literal["auto"]
 ObjectiveName = Literal["sft", "dpo", "simpo", "orpo"]
 PairLoss = Literal["sigmoid", "hinge", "ipo", "robust"]
+#: Where the log-probabilities under the reference come from.
+ReferenceKind = Literal["kept", "adapter_off", "frozen_copy"]
 WholeNumber = BeforeValidator(_whole_number)
 Float = Annotated[float, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]

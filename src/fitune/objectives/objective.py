@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from fitune.data.rows import MicroBatch, Row
 
 #: One pass over all chunks of a micro-batch: in the forward of training, in its backward where the
-#: logits are computed again there, or in an evaluation.
-Sweep = Literal["train", "backward", "eval"]
+#: logits are computed again there, in an evaluation, or in the forward of a reference that training
+#: or an evaluation compares with.
+Sweep = Literal["train", "backward", "eval", "reference", "eval_reference"]
 #: The supervised tokens whose logits exist at the same time, at least. 256 tokens with a vocabulary
 #: of 151,936 take 148 MiB in float32.
 CHUNK_TOKENS = 256
+
+
+def has_no_graph(sweep: Sweep) -> bool:
+    """Return whether a pass keeps nothing for a backward, so that its logits are its peak."""
+    return sweep not in ("train", "backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +37,21 @@ class Chunking:
     train_tokens: int = CHUNK_TOKENS
     #: whether the backward computes the logits again
     again: bool = False
+    #: whether each micro-batch runs a reference too
+    has_reference: bool = False
 
     @property
     def eval_tokens(self) -> int:
         """As `train_tokens`, of an evaluation, whose peak is its logits alone."""
         return min(self.train_tokens, CHUNK_TOKENS)
+
+    def sweeps(self, *, evaluates: bool) -> tuple[Sweep, ...]:
+        """Return the passes over the chunks of one micro-batch."""
+        if evaluates:
+            return ("eval", "eval_reference") if self.has_reference else ("eval",)
+        backward: tuple[Sweep, ...] = ("backward",) if self.again else ()
+        reference: tuple[Sweep, ...] = ("reference",) if self.has_reference else ()
+        return ("train", *backward, *reference)
 
     def slices(self, num_tokens: int, *, evaluates: bool = False) -> list[slice]:
         """Return the slices that cut this number of supervised tokens into chunks."""
@@ -50,9 +66,8 @@ class Chunking:
 class Measured:
     """What an evaluation of one micro-batch found, on the device."""
 
-    #: float32: the weighted loss of each target [N], which add up to those of the samples; of
-    #: pairs, the loss of each of them [R]
-    losses: Tensor
+    #: float64 [2, R]: the loss of each sample, not divided by its weight, and the weight
+    rows_2R: Tensor
     #: sums over the micro-batch, by the names of `Objective.totals`
     totals: Mapping[str, Tensor]
 

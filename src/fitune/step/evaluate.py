@@ -1,14 +1,14 @@
 """Sums what an objective measures over micro-batches, sample by sample."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fitune.data.rows import MicroBatch
+from fitune.model.evaluation_mode import evaluation_mode
 from fitune.objectives.objective import Measured
 from fitune.step.work import StepSettings
 
@@ -65,13 +65,9 @@ class EvalTotals:
         """Add a micro-batch to the sums; if it fails, leave the sums unchanged."""
         here = micro_batch.to(self._device)
         measured = self._compute(here)
-        if here.pairs is None:
-            sums_2R = here.sum_by_row(torch.stack((measured.losses, here.target_weights_N)))
-        else:
-            sums_2R = torch.stack((measured.losses, here.pairs.facts_R3[:, 0])).double()
         for name, value in measured.totals.items():
             self._totals[name] += value
-        self._sums_2R.append(sums_2R)
+        self._sums_2R.append(measured.rows_2R)
         self._row_ids += micro_batch.row_ids
         self._loss_weight += micro_batch.loss_weight
         self._num_supervised_tokens += micro_batch.num_supervised_tokens
@@ -118,13 +114,3 @@ def merge_evaluations(parts: Sequence[EvalResult]) -> EvalResult:
         row_losses=row_losses,
         row_weights=row_weights,
     )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -23,7 +23,7 @@ from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.objectives.choose import unbound_objective
-from fitune.objectives.objective import Chunking, Objective, Sweep
+from fitune.objectives.objective import Chunking, Objective, Sweep, has_no_graph
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import MemoryTrace, OperatorWork
@@ -46,6 +46,8 @@ CHUNK_LOOPS: Mapping[Sweep, str] = {
     "train": "loss.chunks",
     "backward": "loss.backward_chunks",
     "eval": "loss.eval_chunks",
+    "reference": "loss.reference_chunks",
+    "eval_reference": "loss.eval_reference_chunks",
 }
 
 
@@ -358,12 +360,9 @@ def shape_of_step(
             continue
         for rows in groups:
             num_tokens = Batch(tuple(rows)).num_supervised_tokens
-            parts = chunking.slices(num_tokens, evaluates=each.kind == "eval")
-            last = parts[-1].stop - parts[-1].start if parts else 0
-            sweeps: tuple[Sweep, ...] = ("eval",) if each.kind == "eval" else ("train",)
-            if chunking.again and each.kind == "train":
-                sweeps = ("train", "backward")
-            for sweep in sweeps:
+            for sweep in chunking.sweeps(evaluates=each.kind == "eval"):
+                parts = chunking.slices(num_tokens, evaluates=has_no_graph(sweep))
+                last = parts[-1].stop - parts[-1].start if parts else 0
                 chunks.setdefault(CHUNK_LOOPS[sweep], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
         return None

@@ -21,7 +21,7 @@ from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.distributed.processes import Ranks
 from fitune.errors import RunDirectoryError
 from fitune.machine.out_of_memory import release_memory
-from fitune.objectives.preference import Preference
+from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.plain_files import MAX_LOG_BYTES, read_plain
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.failure import Failure
@@ -111,7 +111,7 @@ def _log_probs(
 ) -> npt.NDArray[np.float32]:
     """Return the log-probabilities of both answers of each pair, float32 [samples, 2]."""
     objective = setup.settings.objective
-    assert isinstance(objective, Preference)
+    assert isinstance(objective, AnswerLogProbs)
     device = next(setup.model.parameters()).device
     with survivable(device):
         found = safe_evaluate(

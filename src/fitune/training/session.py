@@ -255,11 +255,11 @@ def _with_reference(
     kept: RunDirectory | None,
     ranks: Ranks,
 ) -> "Prepared":
-    """Return the prepared run with the reference's log-probabilities, if its objective needs them.
+    """Return the prepared run with the reference's log-probabilities, if these are to be kept.
 
     kept: the run that has them; None to compute them, with weights that are not trained yet.
     """
-    if not config.needs_reference:
+    if config.reference != "kept":
         return prepared
     from fitune.training.reference import compute_reference, read_reference, write_reference
 
