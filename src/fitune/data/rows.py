@@ -9,7 +9,7 @@ Shape suffixes here, in `objectives/` and in `step/`:
     D  hidden size                         V  vocabulary size
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self
@@ -107,6 +107,17 @@ class Batch:
         It equals `num_supervised_tokens` unless messages have loss weights of their own.
         """
         return float(sum(row.loss_weight for row in self.rows))
+
+
+def sequences_of(rows: Iterable[Row]) -> Batch:
+    """Return each sequence of pairs as a sample of its own, numbered two a pair in their order."""
+    return Batch(
+        tuple(
+            Row(2 * row.row_id + place, *sequence)
+            for row in rows
+            for place, sequence in enumerate(row.sequences())
+        )
+    )
 
 
 #: The tensor fields of `MicroBatch`. The types with the widest elements come first, so that each

@@ -75,7 +75,7 @@ class AnswerLogProbs(SupervisedTokens):
 
     def as_supervised(self) -> Supervised:
         """Return what evaluates each sequence to minus its log-probability."""
-        return Supervised(self.head, self.chunk_tokens)
+        return Supervised(self.head, self.chunk_tokens, self.watch)
 
     def log_probs(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the log-probabilities of the targets, float32 [N], with their graph."""

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from fitune.allocator.prediction import other_routing
-from fitune.config import Loss, OptimConfig, RunConfig
+from fitune.config import EvalConfig, Loss, OptimConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.importing import collections_paused
 from fitune.machine.libc import allocator_name
@@ -348,6 +348,29 @@ class Forecaster:
         target = cuda_target(config.model, self.limits.device)
         passes = _passes(config.optim, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
         recorded = recordings.step(config, passes, target=target)
+        return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+
+    def reference_work(self, variant: Choice) -> StepWork:
+        """Return the work of a micro-batch of the pass that computes a reference which is kept."""
+        key = f"reference {variant}"
+        if key not in self.known:
+            self.known[key] = asdict(self._record_reference(variant))
+        return _step_work(self.known[key])
+
+    def _record_reference(self, variant: Choice) -> StepWork:
+        recordings = self.load()
+        from fitune.planning.predict import cuda_target
+        from fitune.trace.own_step import Pass
+
+        longest = self.lengths.longest_tokens
+        config = apply_choice(self.config, replace(variant, micro_tokens=longest))
+        # an evaluation of few samples at a time does the same work in smaller parts
+        config = config.model_copy(update={"eval": EvalConfig()})
+        once = Pass("reference", ((longest, longest - 1),), most_micro_batches=1)
+        target = cuda_target(config.model, self.limits.device)
+        recorded = recordings.step(config, [once], target=target)
+        # the two answers of a pair
+        rows = ((longest - longest // 2, 0), (longest // 2, 0))
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
     def _shape(self, choice: Choice, *, packed: bool) -> StepShape:

@@ -99,6 +99,21 @@ class Pricer:
         factor = self._factor or 1.0
         return None if plain is None or compiled is None else (factor * plain, factor * compiled)
 
+    def reference_seconds(self, choice: Choice) -> float | None:
+        """Return the seconds of the pass over the training samples that computes their reference.
+
+        Returns None if the device's rates or the data are not known, and if the reference is not
+        computed before the first step.
+        """
+        tokens = self._forecaster.lengths.epoch_tokens
+        if self._ceilings is None or tokens is None:
+            return None
+        if self._forecaster.config.reference != "kept":
+            return None
+        work = self._forecaster.reference_work(replace(choice.variant, optimizer=None))
+        seconds = seconds_of(work.first, self._ceilings)
+        return (self._factor or 1.0) * seconds * tokens / work.positions
+
     def _by_layers(self, choice: Choice) -> float | None:
         """Return the "layers" bound."""
         most = self.seconds(replace(choice, recompute="full", offloads=False))

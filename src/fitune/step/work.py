@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fitune.batch_size.norms import NormRecorder
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again, without_rows
 from fitune.distributed.sharding import Shards
+from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.objectives.objective import Objective
 from fitune.step.peers import ALONE
 from fitune.step.progress import Progress, Work
@@ -35,6 +36,14 @@ class StepSettings:
     commit: bool = False
     #: if the model is sharded over several processes
     shards: Shards | None = None
+
+    def of_reference(self) -> Self:
+        """Return the settings of the pass that computes a reference which is kept.
+
+        Each sequence is evaluated to minus its log-probability.
+        """
+        assert isinstance(self.objective, AnswerLogProbs)
+        return replace(self, objective=self.objective.as_supervised())
 
     def run(self, device: torch.device, compute: Callable[[], T]) -> T:
         """Run `compute`, which uses the model, under these settings, and return its result."""

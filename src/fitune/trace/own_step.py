@@ -18,11 +18,12 @@ from transformers import PretrainedConfig
 
 from fitune.config import ModelConfig, OptimConfig, RunConfig
 from fitune.data.packing import lay_out
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import Batch, MicroBatch, Row, sequences_of
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.objectives.choose import unbound_objective
+from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.objectives.objective import Chunking, Objective, Sweep, has_no_graph
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
@@ -41,7 +42,7 @@ from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 
 #: The first compute capability that has bfloat16.
 FIRST_BFLOAT16 = (8, 0)
-Kind = Literal["state", "train", "eval"]
+Kind = Literal["state", "train", "eval", "reference"]
 CHUNK_LOOPS: Mapping[Sweep, str] = {
     "train": "loss.chunks",
     "backward": "loss.backward_chunks",
@@ -53,9 +54,10 @@ CHUNK_LOOPS: Mapping[Sweep, str] = {
 
 @dataclass(frozen=True)
 class Pass:
-    """What one recorded step does: an optimizer step, an evaluation, or the creation of the state.
+    """What one recorded step does.
 
-    The optimizer step is that of an effective batch. A run creates the optimizer's state first.
+    It is an optimizer step of an effective batch, an evaluation, the creation of the optimizer's
+    state, which a run does first, or before that the computation of a reference that is kept.
     """
 
     kind: Kind
@@ -84,7 +86,9 @@ class PassLayouts:
             for number, (length, num_targets) in enumerate(each.rows)
         )
         layout = self.train if each.kind == "train" else self.eval
-        groups = layout.group(Batch(tuple(rows)))
+        groups = layout.group(
+            sequences_of(rows) if each.kind == "reference" else Batch(tuple(rows))
+        )
         positions = [
             sum(map(len, rows))
             if layout.packed
@@ -276,6 +280,10 @@ def record_columns_of_step(
         )
         num_parameters, num_trainable_parameters = count_parameters(model)
         objective = setup.settings.objective
+        live = objective.reference if isinstance(objective, AnswerLogProbs) else None
+        if live is not None and live.copy is not None:
+            # its layers are repeated as the model's are
+            recorders[0].load(live.copy)
         settings = replace(setup.settings, objective=objective.watched(watched_chunks))
         facts.append(
             {
@@ -297,6 +305,11 @@ def record_columns_of_step(
                     recorders[0].empty_cache()
             elif kind == "eval":
                 evaluate(model, micro_batches, settings=settings)
+            elif kind == "reference":
+                evaluate(model, micro_batches, settings=settings.of_reference())
+                if target is not None:
+                    # a run empties the cache after it
+                    recorders[0].empty_cache()
             else:
                 train_step(
                     model,
@@ -360,7 +373,7 @@ def shape_of_step(
             continue
         for rows in groups:
             num_tokens = Batch(tuple(rows)).num_supervised_tokens
-            for sweep in chunking.sweeps(evaluates=each.kind == "eval"):
+            for sweep in chunking.sweeps(evaluates=each.kind != "train"):
                 parts = chunking.slices(num_tokens, evaluates=has_no_graph(sweep))
                 last = parts[-1].stop - parts[-1].start if parts else 0
                 chunks.setdefault(CHUNK_LOOPS[sweep], set()).add((len(parts), last))
