@@ -27,11 +27,11 @@ from fitune.config.sections import (
     Section,
     TrainConfig,
 )
-from fitune.config.values import Auto, Loss, ObjectiveName, ReferenceKind
+from fitune.config.values import Auto, Loss, ObjectiveName, ReferenceKind, SampleKind
 from fitune.optimizers.table import OPTIMIZERS
 
 #: the objectives that compare with the model before the training
-WITH_REFERENCE: tuple[ObjectiveName, ...] = ("dpo",)
+WITH_REFERENCE: tuple[ObjectiveName, ...] = ("dpo", "kto")
 
 
 class RunConfig(Section):
@@ -46,7 +46,8 @@ class RunConfig(Section):
     objective: ObjectiveName = Field(
         "sft",
         description=(
-            "sft: imitate answers; dpo, simpo, orpo: prefer the chosen answer of a pair to the rejected one"
+            "sft: imitate answers; dpo, simpo, orpo: prefer the chosen answer of a pair to the "
+            "rejected one; kto: learn from answers that are desirable or not"
         ),
     )
     preference: PreferenceConfig = PreferenceConfig()
@@ -56,9 +57,11 @@ class RunConfig(Section):
     run: OutputConfig = OutputConfig()
 
     @property
-    def is_of_pairs(self) -> bool:
-        """Whether a sample is a pair of answers."""
-        return self.objective != "sft"
+    def sample_kind(self) -> SampleKind:
+        """What a sample is for the objective."""
+        if self.objective == "kto":
+            return "labelled"
+        return "answer" if self.objective == "sft" else "pair"
 
     @property
     def reference(self) -> ReferenceKind | None:
@@ -73,7 +76,7 @@ class RunConfig(Section):
     @property
     def sample_tokens(self) -> int:
         """The tokens of the longest sample that data.max_length, of one sequence, allows."""
-        return self.data.max_length * (2 if self.is_of_pairs else 1)
+        return self.data.max_length * (2 if self.sample_kind == "pair" else 1)
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
@@ -207,10 +210,12 @@ class RunConfig(Section):
     def _preference_faults(self) -> Iterator[str]:
         given = self.preference.model_dump(exclude_defaults=True)
         uses: dict[str, tuple[ObjectiveName, ...]] = {
-            "beta": ("dpo", "simpo", "orpo"),
+            "beta": ("dpo", "simpo", "orpo", "kto"),
             "loss_type": ("dpo",),
             "label_smoothing": ("dpo", "simpo"),
             "simpo_gamma": ("simpo",),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
             "reference": WITH_REFERENCE,
         }
         for key in given:
@@ -226,7 +231,7 @@ class RunConfig(Section):
                 "set it to sigmoid or robust, or drop one of them"
             )
         yield from self._reference_faults()
-        if not self.is_of_pairs:
+        if self.objective == "sft":
             return
         if self.model.shard != "none":
             yield (
@@ -234,8 +239,8 @@ class RunConfig(Section):
             )
         if self.data.mask == "all":
             yield (
-                f"data.mask all makes objective {self.objective} judge the question too, which both "
-                "answers share: set it to assistant, or drop it"
+                f"data.mask all makes objective {self.objective} judge the question too, which no "
+                "answer has written: set it to assistant, or drop it"
             )
 
     def _reference_faults(self) -> Iterator[str]:

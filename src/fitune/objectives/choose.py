@@ -8,6 +8,7 @@ from torch import nn
 
 from fitune.config import RunConfig
 from fitune.model.head import decoder_and_head
+from fitune.objectives.kto import KahnemanTversky
 from fitune.objectives.log_probs import LiveReference
 from fitune.objectives.logits import SupervisedTokens, choose_tokens
 from fitune.objectives.objective import Objective
@@ -58,6 +59,8 @@ def unbound_objective(
     logits = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
     if config.objective == "sft":
         return Supervised(**logits)
+    if config.objective == "kto":
+        return KahnemanTversky(**logits, settings=config.preference, reference=reference)
     return Preference(
         **logits, settings=config.preference, reference=reference, name=config.objective
     )

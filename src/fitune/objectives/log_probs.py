@@ -71,6 +71,7 @@ class AnswerLogProbs(SupervisedTokens):
             self.chunk_tokens,
             again=_trains_head(self.head),
             has_reference=self.reference is not None,
+            surveys=self.surveys,
         )
 
     def as_supervised(self) -> Supervised:

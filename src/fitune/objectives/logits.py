@@ -4,7 +4,7 @@ An objective of tokens gets here what it needs of the model, whatever it makes o
 suffixes are those of `data/rows.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -41,6 +41,26 @@ class SupervisedTokens:
     @property
     def chunking(self) -> Chunking | None:
         return None if self.head is None else Chunking(self.chunk_tokens)
+
+    @property
+    def surveys(self) -> bool:
+        return False
+
+    def survey(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        raise NotImplementedError("this objective needs no survey")
+
+    def knowing(self, mean: Tensor) -> Self:
+        return self
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        return ()
+
+    def step_metrics(self, means: Sequence[float]) -> dict[str, float | None]:
+        return dict(zip(self.means, means, strict=True))
+
+    def settle(self, rows_KR: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        return rows_KR[0], {}
 
     def smaller(self, model: nn.Module | None) -> tuple[Self, str] | None:
         """Return the loss in chunks of few tokens, unless it is that already."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitune.config import ObjectiveName, PreferenceConfig
-from fitune.data.rows import Judged, MicroBatch, Pairs, Row
+from fitune.data.rows import Answers, Judged, MicroBatch, Row
 from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.objectives.objective import Measured
 
@@ -47,7 +47,7 @@ class Preference(AnswerLogProbs):
         reference_N = self.reference_log_probs(model, micro_batch, sweep="eval_reference")
         log_probs_N = self.graphless_log_probs(model, micro_batch, head=self.head, sweep="eval")
         losses_R, means_4R = self._judge(log_probs_N, reference_N, micro_batch)
-        weight_R = cast(Pairs, micro_batch.pairs).facts_R3[:, 0]
+        weight_R = cast(Answers, micro_batch.answers).weights
         sums = means_4R.double().sum(1)
         return Measured(
             torch.stack((losses_R, weight_R)).double(),
@@ -77,8 +77,8 @@ class Preference(AnswerLogProbs):
 
         Both are 0 for a pair without targets.
         """
-        pairs = cast(Pairs, micro_batch.pairs)
-        weight_R, reference_R2 = pairs.facts_R3[:, 0], pairs.facts_R3[:, 1:]
+        pairs = cast(Answers, micro_batch.answers)
+        weight_R, reference_R2 = pairs.weights, pairs.reference
         if reference_N is not None:
             reference_R2 = pairs.sum_by_sequence(reference_N * micro_batch.target_weights_N)
         sums_R2 = pairs.sum_by_sequence(log_probs_N * micro_batch.target_weights_N)

@@ -41,10 +41,6 @@ class Supervised(SupervisedTokens):
     def totals(self) -> Mapping[str, torch.dtype]:
         return {"correct": torch.int64}
 
-    @property
-    def means(self) -> tuple[str, ...]:
-        return ()
-
     def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the weighted sum of the token losses of a micro-batch, a float32 scalar."""
         if self.head is None:

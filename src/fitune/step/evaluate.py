@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitune.data.rows import MicroBatch
 from fitune.model.evaluation_mode import evaluation_mode
@@ -57,7 +57,7 @@ class EvalTotals:
             for name, dtype in settings.objective.totals.items()
         }
         self._row_ids: list[int] = []
-        self._sums_2R = [torch.zeros((2, 0), dtype=torch.float64, device=self._device)]
+        self._rows_KR: list[Tensor] = []
         self._loss_weight, self._num_supervised_tokens = 0.0, 0
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class EvalTotals:
         measured = self._compute(here)
         for name, value in measured.totals.items():
             self._totals[name] += value
-        self._sums_2R.append(measured.rows_2R)
+        self._rows_KR.append(measured.rows_KR)
         self._row_ids += micro_batch.row_ids
         self._loss_weight += micro_batch.loss_weight
         self._num_supervised_tokens += micro_batch.num_supervised_tokens
@@ -83,16 +83,17 @@ class EvalTotals:
         )
 
     def result(self) -> EvalResult:
-        host = torch.cat(self._sums_2R, dim=1).cpu()
+        none = torch.zeros((2, 0), dtype=torch.float64)
+        host_KR = torch.cat(self._rows_KR, dim=1).cpu() if self._rows_KR else none
         order = sorted(range(len(self._row_ids)), key=self._row_ids.__getitem__)
-        row_losses, row_weights = host[:, order].tolist()
+        losses_R, totals = self._settings.objective.settle(host_KR[:, order])
         return EvalResult(
             row_ids=tuple(self._row_ids[place] for place in order),
             loss_weight=self._loss_weight,
-            totals={name: total.item() for name, total in self._totals.items()},
+            totals={name: total.item() for name, total in self._totals.items()} | dict(totals),
             num_supervised_tokens=self._num_supervised_tokens,
-            row_losses=tuple(row_losses),
-            row_weights=tuple(row_weights),
+            row_losses=tuple(losses_R.tolist()),
+            row_weights=tuple(host_KR[1, order].tolist()),
         )
 
 

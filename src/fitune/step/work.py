@@ -15,7 +15,7 @@ from fitune.distributed.sharding import Shards
 from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.objectives.objective import Objective
 from fitune.step.peers import ALONE
-from fitune.step.progress import Progress, Work
+from fitune.step.progress import Progress, Survey, Work
 from fitune.step.step import StepResult, optimizer_step
 
 T = TypeVar("T")
@@ -86,7 +86,21 @@ def micro_batch_work(
         without=without_rows,
         clip=settings.clip,
         commit=settings.commit,
+        survey=_survey(model, settings) if settings.objective.surveys else None,
     )
+
+
+def _survey(model: nn.Module, settings: StepSettings) -> Survey[MicroBatch]:
+    def measure(micro_batch: MicroBatch) -> Tensor:
+        device = next(model.parameters()).device
+        here = micro_batch.to(device)
+        return settings.run(device, lambda: settings.objective.survey(model, here))
+
+    def share(mean: Tensor, micro_batch: MicroBatch, loss_weight: float) -> Tensor:
+        known = replace(settings, objective=settings.objective.knowing(mean))
+        return loss_share(model, micro_batch, loss_weight=loss_weight, settings=known)
+
+    return Survey(measure, share)
 
 
 def train_step(

@@ -49,6 +49,10 @@ CHUNK_LOOPS: Mapping[Sweep, str] = {
     "eval": "loss.eval_chunks",
     "reference": "loss.reference_chunks",
     "eval_reference": "loss.eval_reference_chunks",
+    "survey": "loss.survey_chunks",
+    "survey_reference": "loss.survey_reference_chunks",
+    "eval_survey": "loss.eval_survey_chunks",
+    "eval_survey_reference": "loss.eval_survey_reference_chunks",
 }
 
 
@@ -415,6 +419,11 @@ def _lay_out(
 def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool) -> "_OnHost":
     values = {field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)}
     whole = micro_batch.joined() if is_joined else None
+    answers = micro_batch.answers
+    if answers is not None and answers.mismatched is not None:
+        # a survey is a part of the micro-batch that runs
+        other = _on_host(answers.mismatched, lambda: None, is_joined)
+        values["answers"] = replace(answers, mismatched=other)
     return _OnHost(**values, begin=begin, whole=whole)
 
 
