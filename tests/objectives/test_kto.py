@@ -241,7 +241,7 @@ def test_a_run_is_resumed_and_repeated_bit_for_bit_and_survives(
 def test_a_prompt_is_paired_with_the_answer_before_it(place: Path) -> None:
     from fitune.model.load import load_tokenizer
 
-    config = read_config(Path("kto.yaml"), ("data.eval_fraction=0",)).config
+    config = read_config(Path("kto.yaml")).config
     rows = load_examples(config.data, load_tokenizer(config.model), kind="labelled")
     for number in (0, 7):
         row, before = rows[number], rows[(number - 1) % len(rows)]
@@ -251,7 +251,8 @@ def test_a_prompt_is_paired_with_the_answer_before_it(place: Path) -> None:
         assert ids.tolist() == [*row.input_ids[:prompt], *before.input_ids[start:]]
         assert weights[:prompt].sum() == 0
         assert weights[prompt:].tolist() == before.loss_weights[start:].tolist()
-    assert [row.judged.is_desirable for row in rows][:4] == [False, True, True, False]  # type: ignore[union-attr]
+    labels = [isinstance(row.judged, Labelled) and row.judged.is_desirable for row in rows]
+    assert 0.5 < sum(labels) / len(labels) < 0.8
 
 
 @pytest.mark.parametrize(

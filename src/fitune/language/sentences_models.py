@@ -185,7 +185,6 @@ MODELS: dict[str, str] = {
     "preference.reference adapter_off is the model under its adapters, and model.method full has none: use kept or frozen_copy": "preference.reference adapter_off 是去掉适配器的模型，而 model.method full 没有适配器：请用 kept 或 frozen_copy",
     "model.lora.init {init} moves a part of the weights into the adapters, so the model without them is no reference: set preference.reference to kept": "model.lora.init {init} 把一部分权重移入适配器，去掉适配器的模型不再是参考模型：请把 preference.reference 设为 kept",
     "preference.reference frozen_copy is a second model, and with model.method {method} the frozen weights are there already: use kept or adapter_off": "preference.reference frozen_copy 是第二个模型，而 model.method {method} 时冻结的权重已经在那里：请用 kept 或 adapter_off",
-    "of dpo: kept computes its log-probabilities once, adapter_off and frozen_copy in each step": "用于 dpo：kept 只计算一次对数概率，adapter_off 与 frozen_copy 每步计算",
     "times {factor}, as the last run had it": "乘以 {factor}，即上一次运行的比值",
     "time by a roofline of the recorded operators, {origin}, {how}": "时间由录制的算子按 roofline 估计，{origin}，{how}",
     "gathering {num_parameters} parameters over {num_gpus} cards, before each layer's forward and again before its backward, is not in the time, nor is the sum of their gradients behind each micro-batch: the rate of the cards' links is not known": "每层前向之前和反向之前都要在 {num_gpus} 张显卡间收集 {num_parameters} 参数，这没有计入时间，每个微批之后的梯度求和也没有：不知道显卡互连的速度",

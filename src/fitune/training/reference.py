@@ -90,8 +90,8 @@ def compute_reference(setup: Setup, data: Data, *, ranks: Ranks) -> WithReferenc
         for examples in (data.train, data.eval)
     )
     seconds = format_seconds(time.perf_counter() - start)
-    num_pairs = len(data.train) + len(data.eval)
-    done = f"log-probabilities of {num_pairs:,} pairs under the reference computed in {seconds}"
+    num_rows = len(data.train) + len(data.eval)
+    done = f"log-probabilities of {num_rows:,} samples under the reference computed in {seconds}"
     return WithReference(_with(data, train, held_out), (*map(str, failures), done))
 
 

@@ -391,6 +391,11 @@ def _prepare(
         raise UsageError(
             f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun"
         )
+    if config.objective == "kto" and ranks.size > 1:
+        raise UsageError(
+            "objective kto compares with the mean over a whole batch, which works in one process "
+            f"and {ranks.size} were started: drop torchrun"
+        )
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         # torch reads it when CUDA starts
