@@ -398,5 +398,13 @@ COMMANDS: dict[str, str] = {
     "{path} is damaged, and the weights are trained already, so it cannot be computed: begin a new run": "{path} 已损坏，而权重已经训练过，无法再计算：请重新开始一次训练",
     "{path} is of other samples, and the weights are trained already, so it cannot be computed: begin a new run": "{path} 属于别的样本，而权重已经训练过，无法再计算：请重新开始一次训练",
     "fitune has the losses {names} and {last}": "fitune 的损失有 {names} 和 {last}",
+    "the reference's log-probabilities are computed once, before the first step (preference.reference)": "参考模型的对数概率在第一步之前只计算一次（preference.reference）",
+    "it makes another loss than fitune's: take it out": "它会换成 fitune 没有的损失：请去掉它",
+    "fitune has one loss of objective {kind}: take it out": "fitune 的 objective {kind} 只有一种损失：请去掉它",
+    "give samples with prompt, chosen and rejected": "请给带有 prompt、chosen 和 rejected 的样本",
+    "SimPO: {tool} adds cpo_alpha = 1 times a loss of imitating, which is not added here: cpo_alpha 0 is the same": "SimPO：{tool} 会加上 cpo_alpha = 1 倍的模仿损失，这里不加：cpo_alpha 0 时相同",
+    "ORPO: the loss of imitating is the mean over the chosen answer's tokens here; TRL, on which this is built, takes it over all tokens of a micro-batch, prompts too": "ORPO：这里的模仿损失是被选回答各 token 的均值；其底层的 TRL 取微批内所有 token（含提示）的均值",
+    "KTO: the KL estimate is one of the whole effective batch here; {tool} takes it over a micro-batch": "KTO：这里的 KL 估计取自整个有效批；{tool} 取自一个微批",
+    "data {path}, type {kind}: the samples' own keys are read, through the model's chat template": "数据 {path}，type {kind}：按样本自己的键读取，用模型的对话模板",
     "fitune adds no loss of imitating to one of preferences": "fitune 不在偏好损失上再加模仿损失",
 }

@@ -47,7 +47,7 @@ class SupervisedTokens:
         return False
 
     def survey(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        raise NotImplementedError("this objective needs no survey")
+        raise NotImplementedError
 
     def knowing(self, mean: Tensor) -> Self:
         return self
