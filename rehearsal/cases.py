@@ -314,6 +314,33 @@ STEPS = (
         cards=("4090", "A100"),
     ),
     StepCase(
+        name="kto",
+        model="llama",
+        rows=same(6, 1024),
+        accumulation=2,
+        options=("objective=kto",),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="kto-frozen-copy",
+        model="llama",
+        rows=same(4, 1024),
+        options=("objective=kto", "preference.reference=frozen_copy"),
+        kinds=("train", "train", "eval"),
+    ),
+    StepCase(
+        name="kto-lora",
+        model="llama",
+        rows=same(4, 1024),
+        options=(
+            "objective=kto",
+            "model.method=lora",
+            "preference.reference=adapter_off",
+            "data.packing=false",
+        ),
+        cards=("A100",),
+    ),
+    StepCase(
         name="orpo-all-logits",
         model="llama",
         rows=same(4, 512),

@@ -138,8 +138,9 @@ def kto_losses(
     kl: the mean log-ratio of mismatched answers.
     """
     margin_R = settings.beta * (ratio_R - kl.clamp(min=0))
-    weight_R = torch.where(desirable_R == 1, settings.desirable_weight, settings.undesirable_weight)
-    return weight_R * torch.sigmoid(torch.where(desirable_R == 1, -margin_R, margin_R))
+    more = settings.desirable_weight - settings.undesirable_weight
+    weight_R = desirable_R * more + settings.undesirable_weight
+    return weight_R * torch.sigmoid(margin_R * (1 - 2 * desirable_R))
 
 
 def _ratio(
