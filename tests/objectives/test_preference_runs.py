@@ -149,12 +149,15 @@ def test_the_reference_of_adapters_is_the_model_under_them(place: Path) -> None:
     assert kept[0] == kept[1]
 
 
-def test_the_example_trains(place: Path) -> None:
+@pytest.mark.parametrize("name", ["dpo", "simpo", "orpo", "kto"])
+def test_each_example_trains(name: str, place: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "preferences"
-    data = f"data.train={example / 'pairs.jsonl'}"
-    train(str(example / "dpo.yaml"), "model.source=tiny", "model.tokenizer=tiny", data)
-    (first, *_) = read_metrics(Path("runs/dpo/metrics.jsonl")).evals
-    assert first.eval_pair_accuracy is not None
+    rows = example / ("answers.jsonl" if name == "kto" else "pairs.jsonl")
+    model = ("model.source=tiny", "model.tokenizer=tiny", f"data.train={rows}")
+    train(str(example / f"{name}.yaml"), *model)
+    found = read_metrics(Path(f"runs/{name}/metrics.jsonl"))
+    assert found.evals[-1].eval_margin is not None or name == "kto"
+    assert (found.evals[-1].eval_kl is not None) == (name == "kto")
 
 
 def config_of(directory: Path, *overrides: str, rows: int) -> RunConfig:

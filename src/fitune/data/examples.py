@@ -456,7 +456,7 @@ def _normalise_one(
 
 
 #: what reads a row, by the kind of the samples
-_READERS: Mapping[SampleKind, Any] = {
+_READERS: Mapping[SampleKind, Callable[..., tuple[Format, tuple[Conversation, ...]]]] = {
     "answer": _normalise_one,
     "pair": normalise_pair,
     "labelled": normalise_labelled,

@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from fitune.config import RunConfig
+from fitune.config import ReferenceKind, RunConfig
 from fitune.model.head import decoder_and_head
 from fitune.objectives.kto import KahnemanTversky
 from fitune.objectives.log_probs import LiveReference
@@ -24,20 +24,21 @@ def choose_objective(
     Raises ModelError if the model does not allow loss=chunked.
     """
     tokens, note = choose_tokens(model, loss=config.loss, device=device)
-    return unbound_objective(config, tokens, live_reference(model, config, tokens)), note
+    reference = live_reference(model, config.reference, tokens)
+    return unbound_objective(config, tokens, reference), note
 
 
 def live_reference(
-    model: nn.Module, config: RunConfig, tokens: SupervisedTokens
+    model: nn.Module, kind: ReferenceKind | None, tokens: SupervisedTokens
 ) -> LiveReference | None:
     """Return what computes the reference in each step, None if nothing does.
 
     The copy is one of the present weights, so this is called before any training. It shares
     nothing with the model, and no optimizer and no checkpoint knows it.
     """
-    if config.reference == "adapter_off":
+    if kind == "adapter_off":
         return LiveReference()
-    if config.reference != "frozen_copy":
+    if kind != "frozen_copy":
         return None
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     head = None if tokens.head is None else decoder_and_head(frozen)

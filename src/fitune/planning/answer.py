@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fitune.allocator.prediction import other_routing
-from fitune.config import RunConfig
+from fitune.config import ReferenceKind
 from fitune.planning.candidates import candidate_of, other_estimates_of, planned_data
 from fitune.planning.choices import Choice
 from fitune.planning.compiling import compile_note
@@ -74,7 +74,7 @@ def plan_of(settings: PredictedSettings, chosen: Choice | None, notes: Sequence[
         others=tuple(other_estimates_of(settings.forecaster, marked, shown)),
         assumptions=(
             settings.pricer.assumption,
-            *_reference(settings.config, reference_seconds),
+            *_reference(settings.config.reference, reference_seconds),
             *_for_several(settings, shown),
             *_compiling(settings, chosen, shown),
             *shown.notes,
@@ -100,21 +100,21 @@ def other_routing_notes(settings: PredictedSettings, chosen: Choice) -> Iterator
             )
 
 
-def _reference(config: RunConfig, seconds: float | None) -> Iterator[str]:
+def _reference(kind: ReferenceKind | None, seconds: float | None) -> Iterator[str]:
     """Yield where the log-probabilities under the reference come from, and what they cost."""
-    if config.reference == "kept" and seconds is None:
+    if kind == "kept" and seconds is None:
         yield (
             "reference: kept as two numbers a sample, which needs the least memory: computed once "
             "before the first step"
         )
-    elif config.reference == "kept":
+    elif kind == "kept":
         yield (
             "reference: kept as two numbers a sample, which needs the least memory: computed once "
             f"before the first step, about {format_seconds(seconds)} over the samples"
         )
-    elif config.reference == "adapter_off":
+    elif kind == "adapter_off":
         yield "reference: the model without its adapters, one more forward in each micro-batch"
-    elif config.reference == "frozen_copy":
+    elif kind == "frozen_copy":
         yield "reference: a frozen copy of the model, whose weights are in memory too"
 
 

@@ -104,7 +104,8 @@ class Pricer:
         if self._ceilings is None or self._forecaster.config.objective != "kto":
             return 0.0
         work = self._forecaster.reference_work(variant)
-        return seconds_of(work.first, self._ceilings) / work.positions
+        # of its own and of the mismatched answer
+        return seconds_of(work.first, self._ceilings) / (2 * work.positions)
 
     def reference_seconds(self, choice: Choice) -> float | None:
         """Return the seconds of the pass over the training samples that computes their reference.
@@ -119,9 +120,7 @@ class Pricer:
             return None
         work = self._forecaster.reference_work(replace(choice.variant, optimizer=None))
         seconds = seconds_of(work.first, self._ceilings)
-        # of kto also the mismatched answers
-        sequences = 2 if self._forecaster.config.objective == "kto" else 1
-        return (self._factor or 1.0) * seconds * sequences * tokens / work.positions
+        return (self._factor or 1.0) * seconds * tokens / work.positions
 
     def _by_layers(self, choice: Choice) -> float | None:
         """Return the "layers" bound."""

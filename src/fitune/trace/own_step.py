@@ -231,6 +231,13 @@ def model_for(
     return RecordedModel(build, settings, prepare=prepare, shapes=shapes, patience=patience)
 
 
+def _load_frozen_copy(recorder: Recorder, objective: Objective) -> None:
+    """Record the weights of a reference as those of the model, whose layers are repeated."""
+    live = objective.reference if isinstance(objective, AnswerLogProbs) else None
+    if live is not None and live.copy is not None:
+        recorder.load(live.copy)
+
+
 def _create_state(setup: Setup, recorder: Recorder, device: torch.device) -> None:
     with recorder.creating_state():
         create_state(setup.optimizer)
@@ -284,10 +291,7 @@ def record_columns_of_step(
         )
         num_parameters, num_trainable_parameters = count_parameters(model)
         objective = setup.settings.objective
-        live = objective.reference if isinstance(objective, AnswerLogProbs) else None
-        if live is not None and live.copy is not None:
-            # its layers are repeated as the model's are
-            recorders[0].load(live.copy)
+        _load_frozen_copy(recorders[0], objective)
         settings = replace(setup.settings, objective=objective.watched(watched_chunks))
         facts.append(
             {
@@ -304,17 +308,7 @@ def record_columns_of_step(
             kind, micro_batches = next(remaining_steps)
             if kind == "state":
                 _create_state(setup, recorders[0], here)
-                if target is not None:
-                    # a run empties the cache after its trials
-                    recorders[0].empty_cache()
-            elif kind == "eval":
-                evaluate(model, micro_batches, settings=settings)
-            elif kind == "reference":
-                evaluate(model, micro_batches, settings=settings.of_reference())
-                if target is not None:
-                    # a run empties the cache after it
-                    recorders[0].empty_cache()
-            else:
+            elif kind == "train":
                 train_step(
                     model,
                     setup.optimizer,
@@ -322,6 +316,12 @@ def record_columns_of_step(
                     settings=settings,
                     scaler=setup.scaler,
                 )
+            else:
+                of_kind = settings if kind == "eval" else settings.of_reference()
+                evaluate(model, micro_batches, settings=of_kind)
+            if target is not None and kind in ("state", "reference"):
+                # a run empties the cache after its trials, and after a reference
+                recorders[0].empty_cache()
 
         return step
 

@@ -396,7 +396,7 @@ def _columns_of_dataset_info(
     return {ours: theirs for ours, theirs in named.items() if theirs and theirs != ours}
 
 
-def _judged_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
+def _judged_columns(columns: Mapping[str, str]) -> dict[str, str | None]:
     """Return the columns of chosen and rejected answers and of labels, by our names."""
     label = columns.get("kto_tag")
     named = {ours: columns.get(ours) for ours in ("chosen", "rejected")}

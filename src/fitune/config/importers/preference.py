@@ -97,6 +97,17 @@ def put_preference(draft: Draft) -> None:
         draft.write(
             "preference.loss_type", loss_type, draft.quoted(named) if named else _default(draft)
         )
+    _put_numbers(draft, objective, loss_type)
+    _tell_differences(draft, objective)
+    if draft.tool == "TRL":
+        found = draft.arguments.table.defaults["optim.lr"]
+        draft.own_defaults["optim.lr"] = replace(
+            found, value=1e-6, source=f"TRL 1.16, {objective}_config.py"
+        )
+
+
+def _put_numbers(draft: Draft, objective: str, loss_type: str | None) -> None:
+    """Write what the loss takes, as it is given or as the tool has it by default."""
     names = _NAMES.get(draft.tool, _NAMES_OF_TRL)
     for key in _KEYS[objective]:
         if key == "label_smoothing" and not _is_smoothed(draft, objective, loss_type):
@@ -111,12 +122,6 @@ def put_preference(draft: Draft) -> None:
             if draft.tool.startswith("ms-swift"):
                 value = _DEFAULTS_OF_SWIFT.get((objective, key), value)
             draft.write(f"preference.{key}", value, _default(draft))
-    _tell_differences(draft, objective)
-    if draft.tool == "TRL":
-        found = draft.arguments.table.defaults["optim.lr"]
-        draft.own_defaults["optim.lr"] = replace(
-            found, value=1e-6, source=f"TRL 1.16, {objective}_config.py"
-        )
 
 
 def _is_smoothed(draft: Draft, objective: str, loss_type: str | None) -> bool:
