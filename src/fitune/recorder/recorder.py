@@ -76,17 +76,14 @@ class Recorder(TorchDispatchMode):
     def load(self, model: torch.nn.Module) -> None:
         """Record the model's parameters and buffers, in the model's order.
 
-        Called again after the loop's setup, which may move them, and for a second model that the
-        setup has made.
+        Called again after the loop's setup, which may move them, and for a copy that it has made.
         """
         self._tracker.name_modules(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             module = name.rpartition(".")[0]
-            storage = self._record_storage(tensor, "load", module)
-            if storage is not None:
+            if (storage := self._record_storage(tensor, "load", module)) is not None:
                 storage.category = "parameter"
-                if storage.where.phase == "load":
-                    storage.where = storage.where._replace(module=module)
+                storage.where = storage.where._replace(module=module)
         for parameter in model.parameters():
             if parameter.requires_grad and id(parameter) not in self._hooked:
                 self._hooked.add(id(parameter))
