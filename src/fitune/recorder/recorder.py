@@ -80,10 +80,9 @@ class Recorder(TorchDispatchMode):
         """
         self._tracker.name_modules(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            module = name.rpartition(".")[0]
-            if (storage := self._record_storage(tensor, "load", module)) is not None:
-                storage.category = "parameter"
-                storage.where = storage.where._replace(module=module)
+            storage = self._record_storage(tensor, "load", module := name.rpartition(".")[0])
+            if storage is not None:
+                storage.category, storage.where = "parameter", storage.where._replace(module=module)
         for parameter in model.parameters():
             if parameter.requires_grad and id(parameter) not in self._hooked:
                 self._hooked.add(id(parameter))
