@@ -6,7 +6,7 @@
 Each trainer starts from the same weights, sees the same pairs in the same order, and takes AdamW without decay, a constant
 rate, gradients clipped to a norm of 1, float32, one thread. peak: the largest resident set (VmHWM) in a step after the first,
 above the program before the model was loaded. The processor's time is that of the process, so that other programs do not
-count. losses: what each step minimised; those of fitune and TRL must agree.
+count. losses: what each step minimised; those of fitune and TRL must agree. A run of all writes results/preference.json.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from fitune.config import read_config
 from fitune.data.rows import Batch, Judged, Row
 from fitune.machine.process_memory import program_bytes, read_peak, reset_peak
 from fitune.model.load import build_model, load_model
-from fitune.objectives.preference import Preference
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.evaluate import evaluate
 from fitune.step.work import train_step
 
-TRAINERS = ("fitune-sft", "fitune-dpo", "trl-dpo-precomputed", "trl-dpo")
+TRAINERS = ("fitune-sft", "fitune-dpo", "fitune-dpo-copy", "trl-dpo-precomputed", "trl-dpo")
+RESULTS = Path(__file__).parent / "results" / "preference.json"
 CPU = torch.device("cpu")
 LENGTH, PROMPT, PAIRS, MICRO_PAIRS, STEPS = 256, 64, 4, 2, 4
 LR = 1e-4
@@ -99,13 +100,14 @@ def row(number: int, *sequences: tuple[list[int], list[int]]) -> Row:
     return Row(number, np.array(ids, np.int32), np.array(weights, np.float32), judged)
 
 
-def fitune(directory: Path, *, objective: str) -> dict[str, Any]:
+def fitune(directory: Path, *, objective: str, reference: str = "kept") -> dict[str, Any]:
     clock = Clock()
     per_row = 1 if objective == "dpo" else 2
     config = read_config(
         {
             "model": {"source": str(directory), "recompute": "off", "precision": "float32"},
             "objective": objective,
+            "preference": {"reference": reference} if objective == "dpo" else {},
             "loss": "chunked",
             "data": {"train": "none", "max_length": LENGTH},
             "batch": {"effective": PAIRS * per_row, "micro": MICRO_PAIRS * per_row},
@@ -120,17 +122,14 @@ def fitune(directory: Path, *, objective: str) -> dict[str, Any]:
         for number, (prompt, *answers) in enumerate(pairs())
         for place, answer in enumerate(answers)
     ]
-    rows, reference = singles, 0.0
-    target = setup.settings.objective
-    if isinstance(target, Preference):
-        from dataclasses import replace
-
+    rows, once = singles, 0.0
+    if objective == "dpo":
         start = time.process_time()
-        scoring = replace(setup.settings, objective=target.as_supervised())
+        scoring = setup.settings.of_reference()
         groups = (singles[first : first + 4] for first in range(0, len(singles), 4))
         pieces = (piece for rows in groups for piece in setup.eval_layout.split(Batch(tuple(rows))))
         scores = np.array(evaluate(model, pieces, settings=scoring).row_losses).reshape(-1, 2)
-        reference = (time.process_time() - start) / len(scores)
+        once = (time.process_time() - start) / len(scores) if reference == "kept" else 0.0
         rows = [
             replace(
                 row(number, (prompt, chosen), (prompt, rejected)),
@@ -150,7 +149,7 @@ def fitune(directory: Path, *, objective: str) -> dict[str, Any]:
         )
         clock.end()
         losses.append(float(result.loss or 0.0))
-    return clock.outcome(losses, reference)
+    return clock.outcome(losses, once)
 
 
 def trl(directory: Path, *, precomputed: bool) -> dict[str, Any]:
@@ -217,6 +216,9 @@ def trl(directory: Path, *, precomputed: bool) -> dict[str, Any]:
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fitune-sft": lambda directory: fitune(directory, objective="sft"),
     "fitune-dpo": lambda directory: fitune(directory, objective="dpo"),
+    "fitune-dpo-copy": lambda directory: fitune(
+        directory, objective="dpo", reference="frozen_copy"
+    ),
     "trl-dpo-precomputed": lambda directory: trl(directory, precomputed=True),
     "trl-dpo": lambda directory: trl(directory, precomputed=False),
 }
@@ -233,12 +235,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         save_model(Path(directory))
+        results = {}
         for name in TRAINERS if given.only is None else (given.only,):
             command = [sys.executable, __file__, "--only", name, "--directory", directory]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stderr[-2000:])
             found = json.loads(done.stdout.splitlines()[-1])
+            results[name] = found
             losses = " ".join(f"{loss:.5f}" for loss in found["losses"])
             print(
                 f"{name:20} peak {found['peak_bytes'] / 2**20:6.0f} MiB | "
@@ -246,6 +250,12 @@ def main() -> None:
                 f"{found['reference_seconds_per_pair']:4.2f} s for its reference | losses {losses}",
                 flush=True,
             )
+    if given.only is None:
+        share = results["fitune-dpo"]["peak_bytes"] / results["fitune-sft"]["peak_bytes"] - 1
+        print(
+            f"DPO with a kept reference takes {share:+.1%} of the memory of supervised fine-tuning"
+        )
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

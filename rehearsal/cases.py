@@ -29,7 +29,7 @@ class StepCase:
     rows: Rows
     options: tuple[str, ...] = ()
     accumulation: int = 1
-    kinds: tuple[Literal["train", "eval"], ...] = ("train", "train")
+    kinds: tuple[Literal["train", "eval", "reference"], ...] = ("train", "train")
     cards: tuple[str, ...] = ("4090",)
     depends_on_data: str = ""
 
@@ -330,6 +330,69 @@ STEPS = (
         rows=same(4, 1024),
         options=("objective=dpo", "model.method=lora"),
         cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="dpo-reference",
+        model="llama",
+        rows=same(4, 1024),
+        options=("objective=dpo", "data.packing=false"),
+        kinds=("reference",),
+        cards=("4090", "A100"),
+    ),
+    StepCase(
+        name="dpo-frozen-copy",
+        model="llama",
+        rows=same(6, 1024),
+        accumulation=2,
+        options=("objective=dpo", "preference.reference=frozen_copy"),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="dpo-frozen-copy-eval",
+        model="llama",
+        rows=same(4, 1024),
+        options=("objective=dpo", "preference.reference=frozen_copy", "model.recompute=full"),
+        kinds=("train", "train", "eval"),
+        cards=("4090", "H100"),
+    ),
+    StepCase(
+        name="dpo-adapter-off",
+        model="llama",
+        rows=same(4, 1024),
+        options=(
+            "objective=dpo",
+            "model.method=lora",
+            "preference.reference=adapter_off",
+            "model.recompute=full",
+        ),
+        cards=("4090", "A100"),
+    ),
+    StepCase(
+        name="kto",
+        model="llama",
+        rows=same(6, 1024),
+        accumulation=2,
+        options=("objective=kto",),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="kto-frozen-copy",
+        model="llama",
+        rows=same(4, 1024),
+        options=("objective=kto", "preference.reference=frozen_copy"),
+        kinds=("train", "train", "eval"),
+    ),
+    StepCase(
+        name="kto-lora",
+        model="llama",
+        rows=same(4, 1024),
+        options=(
+            "objective=kto",
+            "model.method=lora",
+            "preference.reference=adapter_off",
+            "data.packing=false",
+        ),
+        cards=("A100",),
     ),
     StepCase(
         name="orpo-all-logits",

@@ -148,7 +148,7 @@ def describe(case: Case) -> str:
         rows = f"{len(case.rows) // case.accumulation} x {max(lengths)}"
         words = [case.model, f"{case.accumulation} x {rows}" if case.accumulation > 1 else rows]
         words += ["rows of different lengths"] if len(lengths) > 1 else []
-        words += [kind for kind in case.kinds if kind == "eval"]
+        words += [kind for kind in case.kinds if kind != "train"]
         return ", ".join([*words, *case.options])
     words = [case.model, f"{case.batch} x {case.length}"]
     if isinstance(case, TrainerCase):

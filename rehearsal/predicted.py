@@ -20,6 +20,8 @@ from rehearsal.models import source
 
 NUM_STEPS = 3
 """Of a loop: the optimizer's state is born in the first."""
+_MOST = {"train": None, "eval": 1, "reference": 2}
+"""The micro-batches of a pass that are recorded; None for those of the case."""
 Routing = Literal["balanced", "worst"]
 Predicted = tuple[Prediction, MemoryTrace]
 
@@ -40,7 +42,7 @@ def config_of(case: StepCase, directory: Path, *, routing: str = "balanced") -> 
 
 def passes_of(case: StepCase) -> list[Pass]:
     return [
-        Pass(kind, case.rows, most_micro_batches=1 if kind == "eval" else case.accumulation)
+        Pass(kind, case.rows, most_micro_batches=_MOST[kind] or case.accumulation)
         for kind in case.kinds
     ]
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fitune.config import RunConfig
-from fitune.data.rows import Batch
+from fitune.data.rows import Batch, sequences_of
 from fitune.model.load import load_model
 from fitune.objectives.objective import Objective
 from fitune.step.assemble import assemble, choose_precision
@@ -31,6 +31,9 @@ def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
     def step(number: int) -> None:
         if case.kinds[number - 1] == "eval":
             evaluate(setup.model, setup.eval_layout.split(batch), settings=setup.settings)
+        elif case.kinds[number - 1] == "reference":
+            sequences = setup.eval_layout.split(sequences_of(batch.rows))
+            evaluate(setup.model, sequences, settings=setup.settings.of_reference())
         else:
             micro_batches = setup.layout.split(batch)
             train_step(

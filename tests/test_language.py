@@ -199,8 +199,8 @@ def test_a_whole_sentence_has_the_same_values_and_is_translated(
             "请去掉这个键，或写进 data.ignore_keys 以照样训练该样本",
         ),
         (
-            "sft.yaml:3 rl: 'dpo': only supervised fine-tuning and LLaMA-Factory's stage dpo are imported",
-            "sft.yaml:3 rl: 'dpo'：只导入监督微调和 LLaMA-Factory 的 stage dpo",
+            "sft.yaml:3 rl: 'grpo': only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported",
+            "sft.yaml:3 rl: 'grpo'：只导入监督微调、DPO、SimPO、ORPO 与 KTO",
         ),
         (
             "  infer_dtype: it is of generating, or of an evaluation other than the loss",

@@ -424,7 +424,7 @@ def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(
         ("just text\n", "is of no tool that is known here"),
         ("model: {source: m}\ndata: {train: a}\n", "is fitune's own already"),
         ("stage: ppo\nmodel_name_or_path: m\n", "only supervised fine-tuning"),
-        ("base_model: m\nrl: dpo\n", "only supervised fine-tuning"),
+        ("base_model: m\nrl: grpo\n", "only supervised fine-tuning"),
         ("finetuning_type: oft\nmodel_name_or_path: m\n", "all weights .full. or adapters"),
         (
             "finetuning_type: lora\nmodel_name_or_path: m\n",

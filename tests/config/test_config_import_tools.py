@@ -340,12 +340,12 @@ def test_where_two_could_be_meant_from_decides(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("swift rlhf --rlhf_type dpo --model m --dataset d", "'swift rlhf' is no supervised fine-tuning"),
-        ("swift infer --model m", "'swift infer' is no supervised fine-tuning"),
+        ("swift rlhf --rlhf_type grpo --model m --dataset d", "only supervised fine-tuning, DPO"),
+        ("swift infer --model m", "'swift infer' is neither supervised fine-tuning nor DPO"),
         ("megatron sft --load m", "is of Megatron-SWIFT"),
         ("tune run lora_finetune_single_device --config c", "is of torchtune"),
         ("litgpt finetune_lora m", "is of litgpt"),
-        ("trl dpo --model_name_or_path m", "'trl dpo' is no supervised fine-tuning"),
+        ("trl grpo --model_name_or_path m", "'trl grpo' is neither supervised fine-tuning nor DPO"),
         (SWIFT + "--tuner_type adalora", "all weights .full. or adapters"),
         (SWIFT + "--task_type seq_cls", "only supervised fine-tuning"),
         (SWIFT + "--loss_scale hermes", "plain cross-entropy"),
@@ -573,11 +573,11 @@ def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Pat
     [
         (
             "type: bradley_terry.chat_template",
-            "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported",
+            "only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported",
         ),
         (
             "type: chatml.intel",
-            "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported",
+            "only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported",
         ),
         ("type: input_output", "segments with labels of their own"),
         ("roles_to_train: [user, assistant]", "here the assistant's messages are learned"),
@@ -652,7 +652,7 @@ def test_data_of_other_training_in_llama_factory_s_list_is_refused(
 )
 def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="only supervised fine-tuning and LLaMA-Factory's stage dpo are imported"
+        ConfigError, match="only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported"
     ):
         imported(tmp_path, f"model_name_or_path: m\ndataset_name: d.jsonl\n{more}\n")
 
@@ -665,7 +665,11 @@ def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: P
             "a.sh",
             "could be of LLaMA-Factory or TRL",
         ),
-        ("python train_dpo.py --epochs 2\n", "a.sh", "'train_dpo.py' is no supervised fine-tuning"),
+        (
+            "python train_dpo.py --epochs 2\n",
+            "a.sh",
+            "'train_dpo.py' is neither supervised fine-tuning",
+        ),
         (
             "python unsloth-cli.py --model_name m\n",
             "a.sh",
@@ -699,3 +703,96 @@ def test_a_module_of_llama_factory_takes_its_file(
 def test_names_of_other_scripts_of_transformers_tell_no_tool(tmp_path: Path) -> None:
     text = "model_name_or_path: m\ndataset_name: d.jsonl\npreprocessing_num_workers: 2\nmax_seq_length: 512\n"
     assert imported(tmp_path, text).tool == "TRL"
+
+
+TRL_DPO = "trl dpo --model_name_or_path m --dataset_name d.jsonl "
+RLHF = "swift rlhf --model m --dataset d.jsonl "
+
+
+@pytest.mark.parametrize(
+    ("words", "objective", "preference", "lr"),
+    [
+        (TRL_DPO, "dpo", {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0}, 1e-6),
+        (TRL_DPO + "--loss_type robust --label_smoothing 0.1 --beta 0.3 --learning_rate 1e-5",
+         "dpo", {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.1}, 1e-5),
+        ("trl kto --model_name_or_path m --dataset_name d.jsonl --undesirable_weight 2",
+         "kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 2}, 1e-6),
+        ("python orpo.py --model_name_or_path m --dataset_name d.jsonl --beta 0.2",
+         "orpo", {"beta": 0.2}, 1e-6),
+        (RLHF, "dpo", {"beta": 0.1, "loss_type": "sigmoid"}, 1e-4),
+        (RLHF + "--rlhf_type simpo --cpo_alpha 0", "simpo", {"beta": 2.0, "simpo_gamma": 1.0}, 1e-4),
+        (RLHF + "--rlhf_type kto --desirable_weight 1.5", "kto", {"desirable_weight": 1.5}, 1e-4),
+    ],
+)  # fmt: skip
+def test_commands_of_preferences_become_an_objective(
+    words: str, objective: str, preference: dict[str, object], lr: float
+) -> None:
+    found = command(words)
+    config = found.resolved.config
+    assert config.objective == objective
+    assert preference.items() <= config.preference.model_dump().items()
+    assert config.optim.lr == lr
+    assert found.dropped == ()
+
+
+@pytest.mark.parametrize(
+    ("lines", "objective", "preference"),
+    [
+        ("rl: dpo\nrl_beta: 0.2\ndpo_label_smoothing: 0.1\n", "dpo", {"beta": 0.2, "label_smoothing": 0.1}),
+        ("rl: ipo\n", "dpo", {"loss_type": "ipo"}),
+        ("rl: orpo\norpo_alpha: 0.3\n", "orpo", {"beta": 0.3}),
+        ("rl: simpo\nsimpo_gamma: 0.4\ncpo_alpha: 0\n", "simpo", {"simpo_gamma": 0.4}),
+        ("rl: kto\nkto_undesirable_weight: 0.2\n", "kto", {"undesirable_weight": 0.2}),
+    ],
+)  # fmt: skip
+def test_preferences_of_axolotl_become_an_objective(
+    lines: str, objective: str, preference: dict[str, object], tmp_path: Path
+) -> None:
+    text = f"base_model: m\nlearning_rate: 1e-5\ndatasets:\n  - path: d.jsonl\n    type: chatml.intel\n{lines}"
+    found = imported(tmp_path, text, "a.yml")
+    assert found.resolved.config.objective == objective
+    assert preference.items() <= found.resolved.config.preference.model_dump().items()
+    assert found.dropped == ()
+    assert any("type chatml.intel: the samples' own keys" in line for line in found.differs)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (TRL_DPO + "--loss_type sigmoid bco_pair", "fitune has the losses sigmoid, hinge, ipo and robust"),
+        (TRL_DPO + "--sync_ref_model true", "it makes another loss"),
+        (TRL_DPO + "--f_divergence_type js_divergence", "it makes another loss"),
+        ("trl kto --model_name_or_path m --dataset_name d --loss_type apo_zero_unpaired", "one loss of objective kto"),
+        (RLHF + "--rpo_alpha 1", "adds no loss of imitating"),
+        (RLHF + "--rlhf_type simpo --cpo_alpha 1", "adds no loss of imitating"),
+        (RLHF + "--rlhf_type cpo", "only supervised fine-tuning, DPO"),
+        (RLHF + "--ref_model other", "only supervised fine-tuning, DPO"),
+    ],
+)  # fmt: skip
+def test_other_losses_of_preferences_are_refused_in_one_sentence(words: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        command(words)
+    assert len(caught.value.faults) == 1
+
+
+def test_ranked_and_labelled_data_of_llama_factory_s_list_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    pairs = {"prompt": "instruction", "query": "input", "chosen": "good", "rejected": "bad"}
+    ranked = {"file_name": "a.json", "ranking": True, "columns": pairs}
+    labelled = {
+        "file_name": "b.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "fine"},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(
+        json.dumps({"pairs": ranked, "answers": labelled})
+    )
+    found = command(f"{LF.replace('d.json', 'pairs')} --stage dpo").resolved.config
+    assert found.data.columns.named == {"chosen": "good", "rejected": "bad"}
+    weights = "--kto_chosen_weight 1.2 --kto_rejected_weight 0.8"
+    found = command(f"{LF.replace('d.json', 'answers')} --stage kto {weights}").resolved.config
+    assert (found.objective, found.data.columns.named) == ("kto", {"label": "fine"})
+    assert (found.preference.desirable_weight, found.preference.undesirable_weight) == (1.2, 0.8)

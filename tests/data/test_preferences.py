@@ -10,6 +10,7 @@ from byte_tokenizer import byte_tokenizer
 from fitune.config import DataConfig
 from fitune.data.examples import Examples, load_examples
 from fitune.data.preferences import normalise_pair
+from fitune.data.rows import Labelled
 from fitune.errors import DataError
 
 USER, GOOD, BAD = (
@@ -47,7 +48,7 @@ NONE: dict[str, tuple[dict[str, Any], str]] = {
 def load(path: Path, rows: list[dict[str, Any]], **keys: Any) -> Examples:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=str(path), eval_fraction=0, max_bad_fraction=1, **keys)
-    return load_examples(data, byte_tokenizer(), of_pairs=True)
+    return load_examples(data, byte_tokenizer(), kind="pair")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,3 +113,40 @@ def test_a_pair_needs_its_objective(tmp_path: Path) -> None:
     path.write_text(json.dumps(FORMS["TRL, texts"]) + "\n")
     with pytest.raises(DataError, match="objective=dpo on both answers"):
         load_examples(DataConfig(train=str(path)), byte_tokenizer())
+
+
+def test_rows_of_labelled_answers_of_other_tools_are_read(tmp_path: Path) -> None:
+    """Only the last answer is judged, whatever form it has."""
+    rows: tuple[dict[str, Any], ...] = (
+        {"prompt": "ask", "completion": "told", "label": True},
+        {"prompt": [USER], "completion": [GOOD], "label": "false"},
+        {"messages": [*EARLIER, USER, GOOD], "kto_tag": 0},
+        {"instruction": "ask", "input": "more", "output": "told", "kto_tag": True},
+    )
+    for number, row in enumerate(rows):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        data = DataConfig(train=str(path), eval_fraction=0)
+        (sample,) = load_examples(data, byte_tokenizer(), kind="labelled")
+        assert isinstance(sample.judged, Labelled)
+        assert sample.judged.is_desirable is (number in (0, 3))
+        judged = byte_tokenizer().decode(sample.input_ids[sample.loss_weights > 0])
+        assert judged.startswith("told" if number in (0, 3) else str(GOOD["content"])), judged
+        assert sample.loss_weight == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "completion": "b"}, "it has no 'label' that says whether its answer is desirable"),
+        ({"prompt": "a", "completion": "b", "label": "maybe"}, "its 'label' is maybe, not true or false"),
+        ({"text": "a b", "label": True}, "it is a text without a prompt"),
+    ],
+)  # fmt: skip
+def test_rows_without_a_label_or_a_prompt_are_named(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=reason):
+        load_examples(DataConfig(train=str(path)), byte_tokenizer(), kind="labelled")

@@ -1,6 +1,10 @@
 """Losses and gradients of pairs: those of the formulas, for every split, layout and form of the logits."""
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from fitune.data.packing import split
 from fitune.data.rows import Batch, Judged, Row
 from fitune.data.unpacking import rows_of
 from fitune.model.head import Head, decoder_and_head
+from fitune.objectives.log_probs import LiveReference
 from fitune.objectives.preference import Preference
 from fitune.step.evaluate import evaluate
 from fitune.step.work import StepSettings, train_step
@@ -126,6 +131,38 @@ def test_losses_and_gradients_are_those_of_the_formulas_for_every_split(case: st
                         [found.totals[name] / len(PAIRS) for name in settings.objective.means],
                         rel=1e-5,
                     )
+
+
+@pytest.mark.parametrize("kind", ["adapter_off", "frozen_copy"])
+def test_a_reference_in_each_step_gives_the_loss_of_its_log_probabilities(kind: str) -> None:
+    batch, model = pairs_batch(), make_model(lora=kind == "adapter_off", tied=True)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    with model.disable_adapter() if kind == "adapter_off" else nullcontext():
+        reference = answer_log_probs(copied if kind == "frozen_copy" else model, batch)[0].detach()
+    sums, counts, _ = answer_log_probs(model, batch)
+    losses = dpo(sums, counts, reference, PreferenceConfig())
+    losses.mean().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None])
+    model.zero_grad()
+    for loss in ("full", "chunked"):
+        objective = objective_for(model, "dpo", loss)
+        head = decoder_and_head(copied) if objective.head is not None else None
+        assert not isinstance(head, str)
+        live = LiveReference() if kind == "adapter_off" else LiveReference(copied, head)
+        settings = StepSettings(replace(objective, reference=live), clip=0.0)
+        for packed, sizes in product((True, False), SPLITS):
+            optimizer = Capture(model.parameters())
+            pieces = split(batch, packed=packed, **sizes)
+            result = train_step(model, optimizer, pieces, settings=settings)
+            assert result.loss == pytest.approx(losses.mean().item(), rel=1e-5)
+            assert (optimizer.vector() - wanted).norm() < 1e-5 * wanted.norm()
+            found = evaluate(model, pieces, settings=settings)
+            assert found.row_losses == pytest.approx(losses.tolist(), rel=1e-5)
 
 
 def test_rewards_and_accuracy_are_those_of_the_answers() -> None:

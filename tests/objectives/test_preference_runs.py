@@ -15,6 +15,7 @@ from faults import out_of_memory
 from fitune.config import RunConfig, read_config
 from fitune.data.rows import MicroBatch
 from fitune.errors import RunDirectoryError
+from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.objectives.preference import Preference
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.run.directory import RunDirectory
@@ -75,6 +76,31 @@ def test_a_resumed_and_a_repeated_run_are_the_undisturbed_one_bit_for_bit(
     assert step.margin == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["adapter_off", "frozen_copy"])
+def test_a_run_with_a_reference_in_each_step_is_repeated_bit_for_bit_and_survives(
+    place: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ("model.method=lora", "model.lora.rank=4") if kind == "adapter_off" else ()
+    args = ("dpo.yaml", f"preference.reference={kind}", "batch.micro=8", *method)
+    train(*args, "run.name=undisturbed")
+    assert not UNDISTURBED.reference.exists()
+    train_until(4, *args, monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert_same()
+    real, calls = AnswerLogProbs.log_probs, itertools.count()
+
+    def limited(objective: Any, model: Any, micro_batch: MicroBatch) -> Any:
+        if len(micro_batch.row_ids) > 3 and next(calls) > 4:
+            raise out_of_memory()
+        return real(objective, model, micro_batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnswerLogProbs, "log_probs", limited)
+        train(*args, "run.name=small")
+    assert any(len(line.plan) > 1 for line in read_journal(Path("runs/small/journal.jsonl")))
+    train("--replay", "runs/small")
+
+
 def test_what_was_kept_of_the_reference_is_checked(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,12 +149,15 @@ def test_the_reference_of_adapters_is_the_model_under_them(place: Path) -> None:
     assert kept[0] == kept[1]
 
 
-def test_the_example_trains(place: Path) -> None:
+@pytest.mark.parametrize("name", ["dpo", "simpo", "orpo", "kto"])
+def test_each_example_trains(name: str, place: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "preferences"
-    data = f"data.train={example / 'pairs.jsonl'}"
-    train(str(example / "dpo.yaml"), "model.source=tiny", "model.tokenizer=tiny", data)
-    (first, *_) = read_metrics(Path("runs/dpo/metrics.jsonl")).evals
-    assert first.eval_pair_accuracy is not None
+    rows = example / ("answers.jsonl" if name == "kto" else "pairs.jsonl")
+    model = ("model.source=tiny", "model.tokenizer=tiny", f"data.train={rows}")
+    train(str(example / f"{name}.yaml"), *model)
+    found = read_metrics(Path(f"runs/{name}/metrics.jsonl"))
+    assert found.evals[-1].eval_margin is not None or name == "kto"
+    assert (found.evals[-1].eval_kl is not None) == (name == "kto")
 
 
 def config_of(directory: Path, *overrides: str, rows: int) -> RunConfig:
@@ -145,19 +174,24 @@ def config_of(directory: Path, *overrides: str, rows: int) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("method", "sizes"),
+    ("method", "reference", "sizes"),
     [
-        ("full", (2,)),
-        pytest.param("full", (3, 5, 4), marks=pytest.mark.thorough),
-        pytest.param("lora", (3, 5, 4), marks=pytest.mark.thorough),
+        ("full", "kept", (2,)),
+        ("lora", "adapter_off", (2,)),
+        ("full", "frozen_copy", (2,)),
+        pytest.param("full", "kept", (3, 5, 4), marks=pytest.mark.thorough),
+        pytest.param("lora", "kept", (3, 5, 4), marks=pytest.mark.thorough),
+        pytest.param("lora", "adapter_off", (3, 5, 4), marks=pytest.mark.thorough),
+        pytest.param("full", "frozen_copy", (3, 5, 4), marks=pytest.mark.thorough),
     ],
 )
 def test_steps_are_derived_from_short_recordings(
-    tmp_path: Path, method: str, sizes: tuple[int, ...]
+    tmp_path: Path, method: str, reference: str, sizes: tuple[int, ...]
 ) -> None:
     recordings, target = Recordings(), CudaTarget((8, 0))
     for rows in sizes:
-        config = config_of(tmp_path, f"model.method={method}", rows=rows)
+        overrides = f"model.method={method}", f"preference.reference={reference}"
+        config = config_of(tmp_path, *overrides, rows=rows)
         samples = longest_rows(config.sample_tokens, num_rows=2 * rows)
         evaluation = Pass("eval", samples[:rows], most_micro_batches=1)
         passes = steady_passes(config.optim, Pass("train", samples), evaluation=evaluation)

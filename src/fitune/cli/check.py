@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, Screen, console
-from fitune.config import DataConfig
+from fitune.config import DataConfig, SampleKind
 from fitune.data.report import DataReport, SplitReport, grouped
 from fitune.data.tokenizer_limits import in_time
 from fitune.language import say, translated
@@ -61,7 +61,7 @@ def check(
         tokenizer=load_tokenizer(config.model),
         output_format="json" if output_format == "json" else "human",
         eval_max_rows=config.eval.max_rows,
-        of_pairs=config.is_of_pairs,
+        kind=config.sample_kind,
         show=show,
         width=screen.width,
         colour=screen.is_terminal and not screen.no_color,
@@ -76,7 +76,7 @@ def report_on(
     tokenizer: object,
     output_format: Literal["human", "json"] = "human",
     eval_max_rows: int = 2000,
-    of_pairs: bool = False,
+    kind: SampleKind = "answer",
     show: int = 0,
     width: int = 100,
     colour: bool = False,
@@ -97,7 +97,7 @@ def report_on(
             data,
             tokenizer,
             eval_max_rows=eval_max_rows,
-            of_pairs=of_pairs,
+            kind=kind,
             on_progress=lambda num_rows: bar.update(num_rows - bar.n),
         )
     report = examples.report

@@ -86,7 +86,14 @@ class TrainingProgress:
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
         saved = " | best, saved" if best else ""
-        if metrics.eval_margin is not None:
+        if metrics.eval_kl is not None:
+            margin = "n/a" if metrics.eval_margin is None else f"{metrics.eval_margin:.3f}"
+            self.note(
+                f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | margin {margin} | "
+                f"KL {metrics.eval_kl:.3f}{saved}"
+            )
+            return
+        if metrics.eval_pair_accuracy is not None:
             self.note(
                 f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | margin "
                 f"{metrics.eval_margin:.3f} | chosen preferred {metrics.eval_pair_accuracy:.1%}{saved}"

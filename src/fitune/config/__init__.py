@@ -30,6 +30,8 @@ from fitune.config.values import (
     ObjectiveName,
     Precision,
     Recompute,
+    ReferenceKind,
+    SampleKind,
     Scaling,
 )
 from fitune.config.write import config_hash, format_config, json_schema
@@ -55,9 +57,11 @@ __all__ = [
     "Precision",
     "PreferenceConfig",
     "Recompute",
+    "ReferenceKind",
     "ResolvedConfig",
     "Routing",
     "RunConfig",
+    "SampleKind",
     "Scaling",
     "ShapeConfig",
     "TrainConfig",

@@ -26,8 +26,11 @@ from fitune.config.sections import (
     TrainConfig,
 )
 from fitune.config.trained_parts import Section
-from fitune.config.values import Auto, Loss, ObjectiveName
+from fitune.config.values import Auto, Loss, ObjectiveName, ReferenceKind, SampleKind
 from fitune.optimizers.table import OPTIMIZERS
+
+#: the objectives that compare with the model before the training
+WITH_REFERENCE: tuple[ObjectiveName, ...] = ("dpo", "kto")
 
 
 class RunConfig(Section):
@@ -42,7 +45,8 @@ class RunConfig(Section):
     objective: ObjectiveName = Field(
         "sft",
         description=(
-            "sft: imitate answers; dpo, simpo, orpo: prefer the chosen answer of a pair to the rejected one"
+            "sft: imitate answers; dpo, simpo, orpo: prefer the chosen answer of a pair to the "
+            "rejected one; kto: learn from answers that are desirable or not"
         ),
     )
     preference: PreferenceConfig = PreferenceConfig()
@@ -52,19 +56,26 @@ class RunConfig(Section):
     run: OutputConfig = OutputConfig()
 
     @property
-    def is_of_pairs(self) -> bool:
-        """Whether a sample is a pair of answers."""
-        return self.objective != "sft"
+    def sample_kind(self) -> SampleKind:
+        """What a sample is for the objective."""
+        if self.objective == "kto":
+            return "labelled"
+        return "answer" if self.objective == "sft" else "pair"
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the objective compares with the model before the training."""
-        return self.objective == "dpo"
+    def reference(self) -> ReferenceKind | None:
+        """Where the log-probabilities under the reference come from; None if there is none.
+
+        auto takes what needs the least memory: two numbers a sample instead of a second model.
+        """
+        if self.objective not in WITH_REFERENCE:
+            return None
+        return "kept" if self.preference.reference == "auto" else self.preference.reference
 
     @property
     def sample_tokens(self) -> int:
         """The tokens of the longest sample that data.max_length, of one sequence, allows."""
-        return self.data.max_length * (2 if self.is_of_pairs else 1)
+        return self.data.max_length * (2 if self.sample_kind == "pair" else 1)
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
@@ -216,10 +227,13 @@ class RunConfig(Section):
     def _preference_faults(self) -> Iterator[str]:
         given = self.preference.model_dump(exclude_defaults=True)
         uses: dict[str, tuple[ObjectiveName, ...]] = {
-            "beta": ("dpo", "simpo", "orpo"),
+            "beta": ("dpo", "simpo", "orpo", "kto"),
             "loss_type": ("dpo",),
             "label_smoothing": ("dpo", "simpo"),
             "simpo_gamma": ("simpo",),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
+            "reference": WITH_REFERENCE,
         }
         for key in given:
             if self.objective not in uses[key]:
@@ -233,7 +247,8 @@ class RunConfig(Section):
                 f"preference.label_smoothing has no effect while preference.loss_type is {loss_type}: "
                 "set it to sigmoid or robust, or drop one of them"
             )
-        if not self.is_of_pairs:
+        yield from self._reference_faults()
+        if self.objective == "sft":
             return
         if self.train.label_smoothing:
             yield (
@@ -246,8 +261,32 @@ class RunConfig(Section):
             )
         if self.data.mask == "all":
             yield (
-                f"data.mask all makes objective {self.objective} judge the question too, which both "
-                "answers share: set it to assistant, or drop it"
+                f"data.mask all makes objective {self.objective} judge the question too, which no "
+                "answer has written: set it to assistant, or drop it"
+            )
+
+    def _reference_faults(self) -> Iterator[str]:
+        model, kind = self.model, self.reference
+        has_adapters = model.method in ("lora", "qlora")
+        if kind == "adapter_off" and not has_adapters:
+            yield (
+                "preference.reference adapter_off is the model under its adapters, and model.method "
+                f"{model.method} has none: use kept or frozen_copy"
+            )
+        elif kind == "adapter_off" and (model.new_tokens or model.lora.modules_to_save):
+            yield (
+                "preference.reference adapter_off is the model under its adapters, and new tokens or "
+                "whole layers are trained too: use kept"
+            )
+        elif kind == "adapter_off" and model.lora.changes_base:
+            yield (
+                f"model.lora.init {model.lora.init} moves a part of the weights into the adapters, so "
+                "the model without them is no reference: set preference.reference to kept"
+            )
+        elif kind == "frozen_copy" and has_adapters:
+            yield (
+                "preference.reference frozen_copy is a second model, and with model.method "
+                f"{model.method} the frozen weights are there already: use kept or adapter_off"
             )
 
     def _probe_without_effect(self) -> Iterator[str]:

@@ -26,6 +26,7 @@ from fitune.config.values import (
     Precision,
     Rate,
     Recompute,
+    ReferenceKind,
     Samples,
     Scale,
     Scaling,
@@ -137,6 +138,7 @@ class ColumnsConfig(Section):
     completion: ColumnName | None = Field(None, description="the answer to learn")
     chosen: ColumnName | None = Field(None, description="of a pair, the better answer")
     rejected: ColumnName | None = Field(None, description="of a pair, the worse answer")
+    label: ColumnName | None = Field(None, description="of kto, whether the answer is desirable")
     input: ColumnName | None = Field(
         None, description="what the question is about, written below it"
     )
@@ -240,6 +242,18 @@ class PreferenceConfig(Section):
     )
     simpo_gamma: Annotated[Float, Field(ge=0, le=100)] = Field(
         0.5, description="of simpo: the margin that a chosen answer should have"
+    )
+    desirable_weight: Annotated[Float, Field(gt=0, le=1000)] = Field(
+        1.0, description="of kto: weight of the losses of desirable answers"
+    )
+    undesirable_weight: Annotated[Float, Field(gt=0, le=1000)] = Field(
+        1.0, description="of kto: weight of the losses of answers that are not desirable"
+    )
+    reference: ReferenceKind | Auto = Field(
+        "auto",
+        description=(
+            "of dpo and kto: kept computes its log-probabilities once, adapter_off and frozen_copy in each step"
+        ),
     )
 
 

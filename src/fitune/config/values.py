@@ -50,8 +50,12 @@ def _duration(value: str) -> str:
 
 
 Auto = Literal["auto"]
-ObjectiveName = Literal["sft", "dpo", "simpo", "orpo"]
+ObjectiveName = Literal["sft", "dpo", "simpo", "orpo", "kto"]
+#: What a sample is: one answer to imitate, a pair of answers, or an answer that is desirable or not.
+SampleKind = Literal["answer", "pair", "labelled"]
 PairLoss = Literal["sigmoid", "hinge", "ipo", "robust"]
+#: Where the log-probabilities under the reference come from.
+ReferenceKind = Literal["kept", "adapter_off", "frozen_copy"]
 WholeNumber = BeforeValidator(_whole_number)
 Float = Annotated[float, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]

@@ -10,7 +10,7 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, Literal
@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fitune.config import DataConfig, DataSource
+from fitune.config import DataConfig, DataSource, SampleKind
 from fitune.data.cut import Cutter
 from fitune.data.files import fingerprint, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
+from fitune.data.labelled import mismatched, normalise_labelled
 from fitune.data.notices import is_pretraining, notices_of
 from fitune.data.preferences import after_common_prefix, normalise_pair
 from fitune.data.raw_rows import RawRow
@@ -32,7 +33,7 @@ from fitune.data.report import (
     grouped,
     length_histogram,
 )
-from fitune.data.rows import Judged, Row
+from fitune.data.rows import Judged, Labelled, Row
 from fitune.data.splits import Split
 from fitune.data.summary import data_report
 from fitune.data.table import Table, TableWriter, cached_table
@@ -76,19 +77,28 @@ class Examples:
         row_id = range(len(self))[index]
         input_ids, loss_weights = self.table.row(int(self.rows[row_id]))
         chosen_tokens = int(self.table.chosen_tokens[self.rows[row_id]])
-        if not chosen_tokens:
+        label = int(self.table.labels[self.rows[row_id]])
+        if not chosen_tokens and label < 0:
             return Row(row_id, input_ids, loss_weights)
         reference = (0.0, 0.0) if self.reference is None else self.reference[row_id].tolist()
-        return Row(row_id, input_ids, loss_weights, Judged(chosen_tokens, tuple(reference)))
+        if label < 0:
+            return Row(row_id, input_ids, loss_weights, Judged(chosen_tokens, tuple(reference)))
+        before = self.table.row(int(self.rows[row_id - 1]))
+        other = mismatched((input_ids, loss_weights), before, self.report.max_length)
+        return Row(row_id, input_ids, loss_weights, Labelled(label == 1, other, tuple(reference)))
 
     @property
     def are_pairs(self) -> bool:
         return bool(self.table.chosen_tokens.any())
 
     @property
+    def are_preferences(self) -> bool:
+        return self.are_pairs or bool((self.table.labels >= 0).any())
+
+    @property
     def weight_per_token(self) -> float:
         """Return the loss weight of the training samples for each of their tokens."""
-        if self.are_pairs:
+        if self.are_preferences:
             return len(self) / self.num_tokens
         return self.report.supervised_fraction
 
@@ -119,12 +129,12 @@ def load_examples(
     *,
     split: Literal["train", "eval"] = "train",
     eval_max_rows: int = 2000,
-    of_pairs: bool = False,
+    kind: SampleKind = "answer",
     on_progress: Callable[[int], None] | None = None,
 ) -> Examples:
     """Return the examples of one side of the held-out split.
 
-    of_pairs: whether the rows are preferences, and a sample is a pair of answers.
+    kind: what a sample is.
     eval_max_rows: the most samples that are held out or taken of data.eval: those with the smallest
         hashes.
     on_progress: called with the number of rows tokenised so far.
@@ -139,13 +149,13 @@ def load_examples(
         merges_system=data.system == "merge",
         date=None if data.date is None else datetime.date.fromisoformat(data.date),
     )
-    train_table = _table(data, encoder, on_progress, of_pairs=of_pairs)
+    train_table = _table(data, encoder, on_progress, kind=kind)
     if data.eval_sources is None:
         eval_table = train_table
         is_eval = _held_out(train_table, data.eval_fraction, eval_max_rows)
         train_rows, eval_rows = np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
     else:
-        eval_table = _table(data, encoder, on_progress, of_pairs=of_pairs, split="eval")
+        eval_table = _table(data, encoder, on_progress, kind=kind, split="eval")
         train_rows = np.arange(len(train_table.lengths))
         eval_rows = np.flatnonzero(_smallest(eval_table, eval_max_rows))
     report = data_report(data, (train_table, train_rows), (eval_table, eval_rows))
@@ -205,7 +215,7 @@ def _table(
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
     *,
-    of_pairs: bool,
+    kind: SampleKind,
     split: Split = "train",
 ) -> Table:
     sources = _sources(data, split)
@@ -230,7 +240,7 @@ def _table(
         "wrapped": data.wrapped,
         "max_rows": max_rows,
         "max_bad_fraction": data.max_bad_fraction,
-        "of_pairs": of_pairs,
+        "kind": kind,
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
@@ -240,7 +250,7 @@ def _table(
         rows = (
             (i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split)
         )
-        samples = _conversations(islice(rows, max_rows), data, tally, of_pairs=of_pairs)
+        samples = _conversations(islice(rows, max_rows), data, tally, kind=kind)
         num_trainable = _tokenise(writer, samples, data, encoder, tally, on_progress)
         facts = _facts(sources, encoder, tally, num_trainable=num_trainable)
         if [fingerprint(source, split=split) for source in sources] != prints:
@@ -323,7 +333,10 @@ def _tokenise(
             parts = after_common_prefix(
                 [each for each in encoded if not isinstance(each, str)], sample
             )
+            label = sample[0].label
             for row, reason in cutter.cut(parts, _digest(sample), source):
+                if label is not None:
+                    row = replace(row, label=int(label))
                 if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
                     tally.dropped_rows.append(BadRow(place.path, place.line, reason))
                 num_trainable += reason is None
@@ -396,14 +409,14 @@ def _digest(sample: tuple[Conversation, ...]) -> int:
 
 
 def _conversations(
-    rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally, *, of_pairs: bool
+    rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally, *, kind: SampleKind
 ) -> Iterator[tuple[int, RawRow, tuple[Conversation, ...]]]:
     """Yield the conversations of all usable rows, two of a pair, with the number of their source.
 
     Bad rows are added to the tally. Raises DataError if one file contains rows of two formats.
     """
     columns = data.columns.named
-    read = normalise_pair if of_pairs else _normalise_one
+    read = _READERS[kind]
     # The format of each file, and the line that it was detected in.
     formats: dict[str, tuple[Format, int]] = {}
     for source, raw in rows:
@@ -440,6 +453,14 @@ def _normalise_one(
 ) -> tuple[Format, tuple[Conversation, ...]]:
     found, conversation = normalise(row, columns=columns, ignored=ignored)
     return found, (conversation,)
+
+
+#: what reads a row, by the kind of the samples
+_READERS: Mapping[SampleKind, Callable[..., tuple[Format, tuple[Conversation, ...]]]] = {
+    "answer": _normalise_one,
+    "pair": normalise_pair,
+    "labelled": normalise_labelled,
+}
 
 
 def _chunks(

@@ -90,6 +90,7 @@ Format = Literal[
     "question_answer",
     "text",
     "preference",
+    "labelled",
 ]
 
 
@@ -115,6 +116,8 @@ class Conversation:
     template_arguments: dict[str, Any] | None = None
     #: the keys of the row that have no meaning here, for the report
     ignored: tuple[str, ...] = ()
+    #: whether the answer is desirable, of a row of the objective kto
+    label: bool | None = None
 
     @property
     def assistant_weights(self) -> tuple[float | None, ...]:

@@ -36,11 +36,11 @@ _ARGUMENT_NAMES = (
     "xml_tools",
 )  # fmt: skip
 _KNOWN_KEYS = (*SYSTEM_KEYS, *TOOL_KEYS, *_ARGUMENT_KEYS, *_ARGUMENT_NAMES, "documents")
-_LABEL_KEYS = (
+LABEL_KEYS = (
     "label", "kto_tag", "desirable", "is_desirable", "accepted", "is_accepted", "correct",
     "is_correct", "is_good", "thumbs_up",
 )  # fmt: skip
-_BAD_LABELS = (
+BAD_LABELS = (
     "false", "0", "0.0", "-1", "-1.0", "no", "bad", "negative", "undesirable", "rejected", "wrong",
     "incorrect",
 )  # fmt: skip
@@ -130,12 +130,12 @@ def refuse_other_meanings(row: Mapping[str, object], found: str | None) -> None:
                 "a loss_weight; "
                 f"{LEAVE_OUT}"
             )
-    for key in _LABEL_KEYS:
+    for key in LABEL_KEYS:
         value = row.get(key)
         if (
             found not in (None, "text")
             and value is not None
-            and str(value).strip().lower() in _BAD_LABELS
+            and str(value).strip().lower() in BAD_LABELS
         ):
             raise RowError(
                 f"its '{key}' is {value}, which marks its answer as a bad one (KTO): {LEAVE_OUT}"

@@ -7,12 +7,13 @@ once in both.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fitune.data.rows import Batch, MicroBatch, Pairs, Row
+from fitune.data.rows import Answers, Batch, Labelled, MicroBatch, Row
 
 
 def split(
@@ -87,12 +88,14 @@ def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch
         target_ids_N=_int64(ids),
         target_weights_N=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         loss_weight=sum(row.loss_weight for row in rows),
-        pairs=_pairs(rows, [len(part) for part in index]),
+        answers=_answers(rows, [len(part) for part in index], packed=packed, pad_id=pad_id),
     )
 
 
-def _pairs(rows: Sequence[Row], num_targets: Sequence[int]) -> Pairs | None:
-    """Return what a micro-batch of pairs needs; None for other samples.
+def _answers(
+    rows: Sequence[Row], num_targets: Sequence[int], *, packed: bool, pad_id: int
+) -> Answers | None:
+    """Return what a micro-batch of preferences needs; None for other samples.
 
     num_targets: of each sequence.
     """
@@ -101,9 +104,23 @@ def _pairs(rows: Sequence[Row], num_targets: Sequence[int]) -> Pairs | None:
         return None
     assert len(judged) == len(rows)
     most_targets = max(1, *num_targets)
-    facts = [(row.loss_weight, *each.reference) for row, each in zip(rows, judged, strict=True)]
+    facts = [
+        (row.loss_weight, *each.reference, not isinstance(each, Labelled) or each.is_desirable)
+        for row, each in zip(rows, judged, strict=True)
+    ]
     places = [number * most_targets + np.arange(count) for number, count in enumerate(num_targets)]
-    return Pairs(most_targets, _int64(places), torch.tensor(facts, dtype=torch.float32))
+    others = [
+        Row(row.row_id, *each.mismatched, replace(each, mismatched=None))
+        for row, each in zip(rows, judged, strict=True)
+        if isinstance(each, Labelled) and each.mismatched is not None
+    ]
+    return Answers(
+        len(num_targets) // len(rows),
+        most_targets,
+        _int64(places),
+        torch.tensor(facts, dtype=torch.float32),
+        lay_out(others, packed=packed, pad_id=pad_id) if others else None,
+    )
 
 
 def _first_fit(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:

@@ -5,11 +5,12 @@ Shape suffixes here, in `objectives/` and in `step/`:
     B  samples of a micro-batch            S  tokens of a padded sample
     T  tokens of a micro-batch, flattened: B * S when padded, the sum of the lengths when packed
     Q  sequences of a micro-batch: one a sample, or two of a pair
+    R  samples of a micro-batch of preferences
     N  supervised targets of a micro-batch
     D  hidden size                         V  vocabulary size
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self
@@ -31,6 +32,19 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class Labelled:
+    """What an answer that is desirable or not has besides its tokens. Its loss weight is 1."""
+
+    is_desirable: bool
+    #: token ids and loss weights of its prompt with the answer to another one; None of such a
+    #: sequence itself
+    mismatched: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None
+    #: the log-probability of its own and of the mismatched answer under the reference, where these
+    #: are kept
+    reference: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One tokenised sample, which nothing parts: one sequence, or the two sequences of a pair."""
 
@@ -41,8 +55,8 @@ class Row:
     #: and 0 for one that is not supervised. It is 0 for the first token of a sequence, because no
     #: token predicts that one.
     loss_weights: npt.NDArray[np.float32]
-    #: of a pair of answers
-    judged: Judged | None = None
+    #: of preferences
+    judged: Judged | Labelled | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -50,7 +64,7 @@ class Row:
     @property
     def sequence_lengths(self) -> tuple[int, ...]:
         """The tokens of each of its sequences, which do not attend to each other."""
-        if self.judged is None:
+        if not isinstance(self.judged, Judged):
             return (len(self),)
         return self.judged.chosen_tokens, len(self) - self.judged.chosen_tokens
 
@@ -64,6 +78,13 @@ class Row:
             for end, length in zip(ends, self.sequence_lengths, strict=True)
         ]
         return tuple((self.input_ids[part], self.loss_weights[part]) for part in parts)
+
+    @property
+    def compared(self) -> tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]], ...]:
+        """The two sequences of a sample of preferences whose log-probabilities are compared."""
+        if isinstance(self.judged, Labelled) and self.judged.mismatched is not None:
+            return (*self.sequences(), self.judged.mismatched)
+        return self.sequences()
 
     @property
     def padded_tokens(self) -> int:
@@ -109,34 +130,64 @@ class Batch:
         return float(sum(row.loss_weight for row in self.rows))
 
 
+def sequences_of(rows: Iterable[Row]) -> Batch:
+    """Return both compared sequences of samples as samples of their own, numbered in order."""
+    return Batch(
+        tuple(
+            Row(2 * row.row_id + place, *sequence)
+            for row in rows
+            for place, sequence in enumerate(row.compared)
+        )
+    )
+
+
 #: The tensor fields of `MicroBatch`. The types with the widest elements come first, so that each
 #: tensor is aligned when their bytes are joined.
 TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
-#: those of `Pairs`, in the same order
-PAIR_TENSORS = ("target_place_N", "facts_R3")
+#: those of `Answers`, in the same order
+ANSWER_TENSORS = ("target_place_N", "facts_R4")
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
-    """What a micro-batch of pairs has besides the tokens of its sequences.
+class Answers:
+    """What a micro-batch of preferences has besides the tokens of its sequences.
 
     The values of its targets are summed by sequence in a grid of one line a sequence, which gives
     the same result in every run; adding by index would not, on a GPU.
     """
 
+    #: the answers of a sample: 2 of a pair, else 1
+    per_sample: int
     #: places of a line of the grid: the targets of the sequence with the most
     most_targets: int
     #: int64: the place of each target in the grid of Q * most_targets
     target_place_N: torch.Tensor
-    #: float32: the loss weight of each pair, and the log-probabilities of its chosen and its
-    #: rejected answer under the reference
-    facts_R3: torch.Tensor
+    #: float32: the loss weight of each sample, its two log-probabilities under the reference, and
+    #: 1 unless it is an answer that is not desirable
+    facts_R4: torch.Tensor
+    #: of labelled answers: the same samples with the mismatched answers
+    mismatched: "MicroBatch | None" = None
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The loss weights [R]."""
+        return self.facts_R4[:, 0]
+
+    @property
+    def reference(self) -> torch.Tensor:
+        """The log-probabilities under the reference [R, 2]."""
+        return self.facts_R4[:, 1:3]
+
+    @property
+    def desirable(self) -> torch.Tensor:
+        """1 of each sample whose answer is desirable, else 0 [R]."""
+        return self.facts_R4[:, 3]
 
     def sum_by_sequence(self, values_N: torch.Tensor) -> torch.Tensor:
-        """Sum a value of each target over the targets of each sequence: [R, 2], with a graph."""
-        num_places = 2 * len(self.facts_R3) * self.most_targets
+        """Sum a value of each target over those of each sequence: [R, per_sample], with a graph."""
+        num_places = self.per_sample * len(self.facts_R4) * self.most_targets
         grid = values_N.new_zeros(num_places).index_copy(0, self.target_place_N, values_N)
-        return grid.view(-1, 2, self.most_targets).sum(-1)
+        return grid.view(-1, self.per_sample, self.most_targets).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +218,8 @@ class MicroBatch:
     target_weights_N: torch.Tensor
     #: the sum of its samples' weights
     loss_weight: float
-    #: where its samples are pairs
-    pairs: Pairs | None = None
+    #: where its samples are preferences
+    answers: Answers | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -210,19 +261,19 @@ class MicroBatch:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors, as `with_tensors` takes them."""
-        if self.pairs is None:
+        if self.answers is None:
             return tuple(getattr(self, name) for name in TENSORS)
-        pairs = tuple(getattr(self.pairs, name) for name in PAIR_TENSORS)
-        return (pairs[0], *(getattr(self, name) for name in TENSORS), pairs[1])
+        first, last = (getattr(self.answers, name) for name in ANSWER_TENSORS)
+        return (first, *(getattr(self, name) for name in TENSORS), last)
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Self:
         """Return the same micro-batch with these tensors in place of `tensors`."""
-        pairs = self.pairs
-        if pairs is not None:
+        answers = self.answers
+        if answers is not None:
             first, *tensors, last = tensors
-            pairs = replace(pairs, target_place_N=first, facts_R3=last)
+            answers = replace(answers, target_place_N=first, facts_R4=last)
         changed: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-        return replace(self, pairs=pairs, **changed)
+        return replace(self, answers=answers, **changed)
 
     def views_of(self, joined: torch.Tensor) -> Self:
         """Return the same micro-batch with tensors that are views of `joined`.

@@ -37,6 +37,7 @@ _SCHEMA = pyarrow.schema(
         ("digest", pyarrow.uint64()),
         ("source", pyarrow.int16()),
         ("chosen_tokens", pyarrow.int32()),
+        ("label", pyarrow.int8()),
     ]
 )
 _ROWS = "rows.arrow"
@@ -59,6 +60,8 @@ class TableRow:
     source: int
     #: of a pair the tokens of its chosen sequence, which come first; else 0
     chosen_tokens: int = 0
+    #: 1 of a desirable answer, 0 of one that is not, -1 where there is no such label
+    label: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class Table:
     digests: npt.NDArray[np.uint64]
     sources: npt.NDArray[np.int16]
     chosen_tokens: npt.NDArray[np.int32]
+    #: as in `TableRow`
+    labels: npt.NDArray[np.int8]
     #: a hash of all samples
     digest: str
     #: what `write` returned when the table was made
@@ -145,6 +150,7 @@ class TableWriter:
     def append(self, rows: Sequence[TableRow]) -> None:
         spans = [row.spans for row in rows]
         chosen_tokens = np.array([row.chosen_tokens for row in rows], np.int32)
+        labels = np.array([row.label for row in rows], np.int8)
         batch = pyarrow.record_batch(
             [
                 _list_array([row.input_ids for row in rows], np.int32),
@@ -156,6 +162,7 @@ class TableWriter:
                 np.array([row.digest for row in rows], np.uint64),
                 np.array([row.source for row in rows], np.int16),
                 chosen_tokens,
+                labels,
             ],
             schema=_SCHEMA,
         )
@@ -164,6 +171,8 @@ class TableWriter:
                 self._hash.update(part.to_numpy().tobytes())
         if chosen_tokens.any():
             self._hash.update(chosen_tokens.tobytes())
+        if (labels >= 0).any():
+            self._hash.update(labels.tobytes())
         self._sink.write_batch(batch)
 
     @property
@@ -221,6 +230,7 @@ def _open(directory: Path) -> Table | None:
         digests=_joined((batch["digest"].to_numpy() for batch in batches), np.uint64),
         sources=_joined((batch["source"].to_numpy() for batch in batches), np.int16),
         chosen_tokens=_joined((batch["chosen_tokens"].to_numpy() for batch in batches), np.int32),
+        labels=_joined((batch["label"].to_numpy() for batch in batches), np.int8),
         digest=digest,
         facts=facts,
         starts=[0, *np.cumsum([batch.num_rows for batch in batches]).tolist()][:-1],

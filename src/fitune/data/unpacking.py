@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fitune.data.packing import lay_out, split
-from fitune.data.rows import Batch, Judged, MicroBatch, Row
+from fitune.data.rows import Batch, Judged, Labelled, MicroBatch, Row
 
 
 def rows_of(micro_batch: MicroBatch) -> tuple[Row, ...]:
@@ -24,25 +24,37 @@ def rows_of(micro_batch: MicroBatch) -> tuple[Row, ...]:
         (ids_T[start : start + length].astype(np.int32), weights_T[start : start + length])
         for start, length in zip(starts, micro_batch.row_lengths, strict=True)
     ]
-    pairs = micro_batch.pairs
-    if pairs is None:
+    answers = micro_batch.answers
+    if answers is None:
         return tuple(
             Row(row_id, *sequence)
             for row_id, sequence in zip(micro_batch.row_ids, sequences, strict=True)
+        )
+    facts = answers.facts_R4.tolist()
+    if answers.per_sample == 1:
+        others = None if answers.mismatched is None else rows_of(answers.mismatched)
+        mismatched = [(row.input_ids, row.loss_weights) for row in others or ()]
+        return tuple(
+            Row(
+                row_id,
+                *sequence,
+                Labelled(
+                    desirable == 1, mismatched[place] if mismatched else None, (first, second)
+                ),
+            )
+            for place, (row_id, sequence, (_, first, second, desirable)) in enumerate(
+                zip(micro_batch.row_ids, sequences, facts, strict=True)
+            )
         )
     return tuple(
         Row(
             row_id,
             np.concatenate((chosen[0], rejected[0])),
             np.concatenate((chosen[1], rejected[1])),
-            Judged(len(chosen[0]), (facts[1], facts[2])),
+            Judged(len(chosen[0]), (first, second)),
         )
-        for row_id, chosen, rejected, facts in zip(
-            micro_batch.row_ids,
-            sequences[::2],
-            sequences[1::2],
-            pairs.facts_R3.tolist(),
-            strict=True,
+        for row_id, chosen, rejected, (_, first, second, _) in zip(
+            micro_batch.row_ids, sequences[::2], sequences[1::2], facts, strict=True
         )
     )
 

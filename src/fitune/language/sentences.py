@@ -224,7 +224,7 @@ _IMPORTS = {
     "{path} holds {value}, not the keys of a configuration: {hint}": "{path} 里是 {value}，不是配置的键：{hint}",
     "{path} is fitune's own already: fitune train {other}": "{path} 已经是 fitune 的配置：fitune train {other}",
     "{source}: '{word}' is a variable of the shell: write its value in its place": "{source}：'{word}' 是 shell 变量：请换成它的值",
-    "{source}: '{program}' is no supervised fine-tuning, which fitune is for alone": "{source}：'{program}' 不是监督微调，而 fitune 只做监督微调",
+    "{source}: '{program}' is neither supervised fine-tuning nor DPO, SimPO, ORPO or KTO": "{source}：'{program}' 既不是监督微调，也不是 DPO、SimPO、ORPO 或 KTO",
     "{path} starts {count:n} programs: keep one of them": "{path} 启动了 {count} 个程序：请只留一个",
     "{path} is not a text file: byte {byte:n} is not UTF-8; save it in that encoding": "{path} 不是文本文件：第 {byte} 字节不是 UTF-8；请存成 UTF-8",
     "{source} names the configuration {path}, which cannot be read from here: stand where it was started": "{source} 指明的配置 {path} 在这里读不到：请在当初启动的目录下运行",
@@ -315,7 +315,7 @@ _IMPORTS = {
 }
 
 _REASONS = {
-    "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported": "只导入监督微调和 LLaMA-Factory 的 stage dpo",
+    "only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported": "只导入监督微调、DPO、SimPO、ORPO 与 KTO",
     "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": "fitune 用所有计入损失的 token 的普通交叉熵训练：去掉它就这样训练",
     "fitune trains all weights (full) or adapters (lora, qlora): take it out to train so": "fitune 训练全部权重（full）或适配器（lora、qlora）：去掉它就这样训练",
     "fitune's adapters are LoRA on linear layers of one rank: take it out to train so": (

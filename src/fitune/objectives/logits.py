@@ -4,11 +4,12 @@ An objective of tokens gets here what it needs of the model, whatever it makes o
 suffixes are those of `data/rows.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitune.config import Auto, Loss
@@ -16,7 +17,7 @@ from fitune.data.rows import MicroBatch
 from fitune.errors import ModelError
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.packed_attention import row_boundaries
-from fitune.objectives.objective import CHUNK_TOKENS, Chunking, Sweep
+from fitune.objectives.objective import CHUNK_TOKENS, Chunking, Sweep, has_no_graph
 
 #: The bytes of float32 logits that exist at the same time on a GPU, where a small vocabulary allows
 #: larger chunks.
@@ -41,6 +42,26 @@ class SupervisedTokens:
     def chunking(self) -> Chunking | None:
         return None if self.head is None else Chunking(self.chunk_tokens)
 
+    @property
+    def surveys(self) -> bool:
+        return False
+
+    def survey(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        raise NotImplementedError
+
+    def knowing(self, mean: Tensor) -> Self:
+        return self
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        return ()
+
+    def step_metrics(self, means: Sequence[float]) -> dict[str, float | None]:
+        return dict(zip(self.means, means, strict=True))
+
+    def settle(self, rows_KR: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        return rows_KR[0], {}
+
     def smaller(self, model: nn.Module | None) -> tuple[Self, str] | None:
         """Return the loss in chunks of few tokens, unless it is that already."""
         if self.head is not None and self.chunk_tokens <= SMALL_CHUNK_TOKENS:
@@ -60,7 +81,7 @@ class SupervisedTokens:
 
     def chunks(self, num_tokens: int, sweep: Sweep) -> Iterable[slice]:
         """Return the chunks of so many supervised tokens, watched if that is wanted."""
-        slices = Chunking(self.chunk_tokens).slices(num_tokens, evaluates=sweep == "eval")
+        slices = Chunking(self.chunk_tokens).slices(num_tokens, evaluates=has_no_graph(sweep))
         return slices if self.watch is None else self.watch(slices, sweep)
 
 
@@ -139,6 +160,33 @@ def transform_logits(raw_NV: Tensor, head: Head) -> Tensor:
     return (
         raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
     )
+
+
+class HeadProduct:
+    """The head's logits of hidden states, in the dtype that a linear layer would compute in."""
+
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Cast the weight once for all chunks; `hidden_ND` is cast chunk by chunk.
+
+        dtype: of the product; None for that of a linear layer here.
+        """
+        self._hidden_ND, self._head = hidden_ND, head
+        self.dtype = dtype or compute_dtype_of(hidden_ND)
+        self.weight_VD = weight_VD.to(self.dtype)
+        self._bias_V = None if bias_V is None else bias_V.to(self.dtype)
+
+    def logits(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Return the hidden states of a chunk and its float32 logits, which may be overwritten."""
+        part_ND = self._hidden_ND[chunk].to(self.dtype)
+        raw_NV = F.linear(part_ND, self.weight_VD, self._bias_V).float()
+        return part_ND, transform_logits(raw_NV, self._head)
 
 
 def losses_and_gradient(

@@ -5,7 +5,7 @@ loss weights of all its samples (`Row.loss_weight`). So an objective trains alik
 `loss_sum` is a sum over samples, and a sample is what is never split.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -17,11 +17,20 @@ from torch import Tensor, nn
 from fitune.data.rows import MicroBatch, Row
 
 #: One pass over all chunks of a micro-batch: in the forward of training, in its backward where the
-#: logits are computed again there, or in an evaluation.
-Sweep = Literal["train", "backward", "eval"]
+#: logits are computed again there, in an evaluation, in a survey of the whole batch, or in the
+#: forward of a reference that one of these compares with.
+Sweep = Literal[
+    "train", "backward", "eval", "reference", "eval_reference",
+    "survey", "survey_reference", "eval_survey", "eval_survey_reference",
+]  # fmt: skip
 #: The supervised tokens whose logits exist at the same time, at least. 256 tokens with a vocabulary
 #: of 151,936 take 148 MiB in float32.
 CHUNK_TOKENS = 256
+
+
+def has_no_graph(sweep: Sweep) -> bool:
+    """Return whether a pass keeps nothing for a backward, so that its logits are its peak."""
+    return sweep not in ("train", "backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +40,28 @@ class Chunking:
     train_tokens: int = CHUNK_TOKENS
     #: whether the backward computes the logits again
     again: bool = False
+    #: whether each micro-batch runs a reference too
+    has_reference: bool = False
+    #: whether the batch is surveyed first
+    surveys: bool = False
 
     @property
     def eval_tokens(self) -> int:
         """As `train_tokens`, of an evaluation, whose peak is its logits alone."""
         return min(self.train_tokens, CHUNK_TOKENS)
+
+    def sweeps(self, *, evaluates: bool) -> tuple[Sweep, ...]:
+        """Return the passes over the chunks of one micro-batch."""
+        found: list[Sweep] = ["eval"] if evaluates else ["train"]
+        if self.again and not evaluates:
+            found.append("backward")
+        if self.has_reference:
+            found.append("eval_reference" if evaluates else "reference")
+        if self.surveys:
+            found.append("eval_survey" if evaluates else "survey")
+        if self.surveys and self.has_reference:
+            found.append("eval_survey_reference" if evaluates else "survey_reference")
+        return tuple(found)
 
     def slices(self, num_tokens: int, *, evaluates: bool = False) -> list[slice]:
         """Return the slices that cut this number of supervised tokens into chunks."""
@@ -50,9 +76,9 @@ class Chunking:
 class Measured:
     """What an evaluation of one micro-batch found, on the device."""
 
-    #: float32: the weighted loss of each target [N], which add up to those of the samples; of
-    #: pairs, the loss of each of them [R]
-    losses: Tensor
+    #: float64 [K, R]: the loss of each sample, not divided by its weight, the weight, and what
+    #: else `Objective.settle` needs
+    rows_KR: Tensor
     #: sums over the micro-batch, by the names of `Objective.totals`
     totals: Mapping[str, Tensor]
 
@@ -80,6 +106,33 @@ class Objective(Protocol):
 
         Where the objective has `means`, it is a vector: the loss, and then the sum of each of them
         over the samples, without a graph. Without targets all are 0, with zero gradients.
+        """
+        ...
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the loss of a sample depends on a mean over the whole batch."""
+        ...
+
+    def survey(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Return the sum over the samples whose mean over the batch the loss depends on.
+
+        A step calls it for all micro-batches before the first `loss_sum`.
+        """
+        ...
+
+    def knowing(self, mean: Tensor) -> Self:
+        """Return the objective of a batch with this mean of its survey, on the device."""
+        ...
+
+    def step_metrics(self, means: Sequence[float]) -> dict[str, float | None]:
+        """Return the fields of `StepMetrics` of a step with these `means`."""
+        ...
+
+    def settle(self, rows_KR: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the loss of each sample [R] once all are evaluated, and further totals.
+
+        rows_KR: those of all micro-batches, on the host.
         """
         ...
 

@@ -23,13 +23,12 @@ from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head
 from fitune.model.tied_head import joined_to_embedding
 from fitune.objectives.logits import (
+    HeadProduct,
     SupervisedTokens,
     add_head_gradients,
-    compute_dtype_of,
     losses_and_gradient,
     supervised_hidden,
     supervised_logits,
-    transform_logits,
 )
 from fitune.objectives.objective import Measured
 
@@ -44,10 +43,6 @@ class Supervised(SupervisedTokens):
     @property
     def totals(self) -> Mapping[str, torch.dtype]:
         return {"correct": torch.int64}
-
-    @property
-    def means(self) -> tuple[str, ...]:
-        return ()
 
     def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the weighted sum of the token losses of a micro-batch, a float32 scalar."""
@@ -72,7 +67,8 @@ class Supervised(SupervisedTokens):
             logits_NV = supervised_logits(model, micro_batch)
             losses_N = F.cross_entropy(logits_NV.float(), target_N, reduction="none")
             losses_N = losses_N * micro_batch.target_weights_N
-            return Measured(losses_N, {"correct": _num_correct(logits_NV, target_N)})
+            correct = _num_correct(logits_NV, target_N)
+            return Measured(_by_row(losses_N, micro_batch), {"correct": correct})
         hidden_ND = supervised_hidden(self.head, micro_batch)
         head = self.head.with_trained_rows()
         losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
@@ -81,7 +77,8 @@ class Supervised(SupervisedTokens):
             logits_NV = head.logits(hidden_ND[chunk])
             losses_N[chunk] = F.cross_entropy(logits_NV.float(), target_N[chunk], reduction="none")
             correct += _num_correct(logits_NV, target_N[chunk])
-        return Measured(losses_N * micro_batch.target_weights_N, {"correct": correct})
+        losses_N = losses_N * micro_batch.target_weights_N
+        return Measured(_by_row(losses_N, micro_batch), {"correct": correct})
 
     def metrics(
         self, loss: float, totals: Mapping[str, float], *, loss_weight: float, num_targets: int
@@ -142,8 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunks: Iterable[slice],
         label_smoothing: float,
     ) -> Tensor:
-        compute_dtype = compute_dtype_of(hidden_ND)
-        matmul_weight_VD = weight_VD.to(compute_dtype)
+        product = HeadProduct(hidden_ND, weight_VD, bias_V, head)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
@@ -151,11 +147,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for chunk in chunks:
-                part_ND = hidden_ND[chunk].to(compute_dtype)
-                bias = None if bias_V is None else bias_V.to(compute_dtype)
-                logits_NV = transform_logits(
-                    F.linear(part_ND, matmul_weight_VD, bias).float(), head
-                )
+                part_ND, logits_NV = product.logits(chunk)
                 losses_N, grad_NV = losses_and_gradient(
                     logits_NV,
                     target_N[chunk],
@@ -167,9 +159,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
                 del logits_NV
-                grad_NV = grad_NV.to(compute_dtype)
+                grad_NV = grad_NV.to(product.dtype)
                 if grad_hidden_ND is not None:
-                    grad_hidden_ND[chunk] = grad_NV @ matmul_weight_VD
+                    grad_hidden_ND[chunk] = grad_NV @ product.weight_VD
                 add_head_gradients(grad_NV, part_ND, weight_VD=grad_weight_VD, bias_V=grad_bias_V)
                 # Free it before the next chunk's logits are allocated.
                 del grad_NV
@@ -198,6 +190,11 @@ def _weighted_cross_entropy(
         label_smoothing=label_smoothing,
     )
     return losses_N @ micro_batch.target_weights_N
+
+
+def _by_row(losses_N: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """Return the weighted loss and the weight of each sample, float64 [2, R]."""
+    return micro_batch.sum_by_row(torch.stack((losses_N, micro_batch.target_weights_N)))
 
 
 def _num_correct(logits_NV: Tensor, target_N: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Turns the predicted settings of a search into its plan."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from fitune.allocator.prediction import other_routing
+from fitune.config import ReferenceKind
 from fitune.planning.candidates import candidate_of, other_estimates_of, planned_data
 from fitune.planning.choices import Choice
 from fitune.planning.compiling import compile_note
@@ -13,7 +15,7 @@ from fitune.planning.plan import Plan, PlannedDevice, PlannedModel
 from fitune.planning.predicted_settings import PredictedSettings
 from fitune.planning.several_cards import not_modelled, not_modelled_sharded
 from fitune.recorder.events import ROUTED
-from fitune.units import format_bytes
+from fitune.units import format_bytes, format_seconds
 
 
 def plan_of(settings: PredictedSettings, chosen: Choice | None, notes: Sequence[str] = ()) -> Plan:
@@ -27,6 +29,7 @@ def plan_of(settings: PredictedSettings, chosen: Choice | None, notes: Sequence[
     marked = chosen or min(same, key=lambda choice: settings.looked_at[choice].device_bytes)
     shown = settings.looked_at[marked]
     device = settings.limits.device
+    reference_seconds = settings.pricer.reference_seconds(marked)
     return Plan(
         model=PlannedModel(
             name=settings.config.model.source,
@@ -50,7 +53,10 @@ def plan_of(settings: PredictedSettings, chosen: Choice | None, notes: Sequence[
             rows_per_step=settings.whole.batch.rows_per_step,
             num_gpus=settings.num_gpus,
         ),
-        training=plan_training(settings.whole, settings.lengths, precision=shown.precision),
+        training=replace(
+            plan_training(settings.whole, settings.lengths, precision=shown.precision),
+            reference_seconds=reference_seconds,
+        ),
         candidates=tuple(
             candidate_of(
                 settings.forecaster,
@@ -68,6 +74,7 @@ def plan_of(settings: PredictedSettings, chosen: Choice | None, notes: Sequence[
         others=tuple(other_estimates_of(settings.forecaster, marked, shown)),
         assumptions=(
             settings.pricer.assumption,
+            *_reference(settings.config.reference, reference_seconds),
             *_for_several(settings, shown),
             *_compiling(settings, chosen, shown),
             *shown.notes,
@@ -91,6 +98,24 @@ def other_routing_notes(settings: PredictedSettings, chosen: Choice) -> Iterator
                 f"{format_bytes(allocated_bytes)} allocated at its peak instead of "
                 f"{format_bytes(found.allocated_bytes)}"
             )
+
+
+def _reference(kind: ReferenceKind | None, seconds: float | None) -> Iterator[str]:
+    """Yield where the log-probabilities under the reference come from, and what they cost."""
+    if kind == "kept" and seconds is None:
+        yield (
+            "reference: kept as two numbers a sample, which needs the least memory: computed once "
+            "before the first step"
+        )
+    elif kind == "kept":
+        yield (
+            "reference: kept as two numbers a sample, which needs the least memory: computed once "
+            f"before the first step, about {format_seconds(seconds)} over the samples"
+        )
+    elif kind == "adapter_off":
+        yield "reference: the model without its adapters, one more forward in each micro-batch"
+    elif kind == "frozen_copy":
+        yield "reference: a frozen copy of the model, whose weights are in memory too"
 
 
 def _compiling(

@@ -335,9 +335,7 @@ class Forecaster:
         )
 
     def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
-        recordings = self.load()
-        from fitune.planning.predict import cuda_target
-
+        self.load()
         choice = replace(variant, micro_tokens=tokens)
         config = apply_choice(self.config, choice)
         whole, rest = divmod(tokens, self.lengths.longest_tokens)
@@ -345,10 +343,33 @@ class Forecaster:
         rows = tuple(
             (length, max(1, int(supervised_fraction * (length - 1)))) for length in lengths
         )
-        target = cuda_target(config.model, self.limits.device)
         passes = _passes(config.optim, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
-        recorded = recordings.step(config, passes, target=target)
+        recorded = self._recorded(choice, passes)
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+
+    def reference_work(self, variant: Choice) -> StepWork:
+        """Return the work of computing the reference of one sample, the longest, to keep it."""
+        key = f"reference {variant}"
+        if key not in self.known:
+            self.known[key] = asdict(self._record_reference(variant))
+        return _step_work(self.known[key])
+
+    def _record_reference(self, variant: Choice) -> StepWork:
+        longest = self.lengths.longest_tokens
+        self.load()
+        (*_, step) = _passes(self.config.optim, ((longest, longest - 1),), 0, 1)
+        choice = replace(variant, micro_tokens=longest)
+        recorded = self._recorded(choice, [replace(step, kind="reference")])
+        rows = ((longest, longest - 1),)
+        return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+
+    def _recorded(self, choice: Choice, passes: Sequence["Pass"]) -> "RecordedStep":
+        recordings, config = self.load(), apply_choice(self.config, choice)
+        from fitune.planning.predict import cuda_target
+
+        target = cuda_target(config.model, self.limits.device)
+        step: RecordedStep = recordings.step(config, passes, target=target)
+        return step
 
     def _shape(self, choice: Choice, *, packed: bool) -> StepShape:
         from fitune.data.rows import Batch, Row

@@ -127,7 +127,7 @@ def find_lengths(config: RunConfig) -> Lengths:
     tokenizer = config.model.tokenizer or config.model.source
     key = [
         config.data.model_dump(mode="json"),
-        config.is_of_pairs,
+        config.sample_kind,
         config.eval.max_rows,
         tokenizer,
         file_state(tokenizer),
@@ -142,7 +142,7 @@ def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
     eval_length = length if config.data.is_evaluated else 0
     if origin is None:
         of_pairs = "twice data.max_length, as a pair has two answers"
-        origin = of_pairs if config.is_of_pairs else "data.max_length"
+        origin = of_pairs if config.sample_kind == "pair" else "data.max_length"
     return Lengths((length,), 1.0, eval_length, None, None, origin)
 
 
@@ -173,14 +173,14 @@ def _read_lengths(config: RunConfig) -> Lengths:
                 tokenizer,
                 split="train",
                 eval_max_rows=config.eval.max_rows,
-                of_pairs=config.is_of_pairs,
+                kind=config.sample_kind,
             )
             held_out = load_examples(
                 config.data,
                 tokenizer,
                 split="eval",
                 eval_max_rows=config.eval.max_rows,
-                of_pairs=config.is_of_pairs,
+                kind=config.sample_kind,
             )
             if not len(train):
                 return uniform_lengths(

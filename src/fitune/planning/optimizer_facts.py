@@ -50,6 +50,9 @@ class PlannedTraining:
     shrink_fraction: float | None
     #: see `lost_updates_fraction`; None where what is trained is not in bfloat16
     lost_updates_fraction: float | None
+    #: of the pass before the first step that computes a reference; None where there is none, and
+    #: where its time is not predicted
+    reference_seconds: float | None = None
 
 
 def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> PlannedTraining:

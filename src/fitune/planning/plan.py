@@ -20,6 +20,7 @@ CODE_IGNORED = "code that comes with"
 NOT_PACKED = "qlora:"
 UNPACKED = "weights stored as"
 COMPILING = "model.compile=true "
+REFERENCE = "reference: "
 #: the beginnings of the assumptions that the table of a plan shows; its JSON contains all
 SHOWN = (
     *ROUTED.values(),
@@ -30,6 +31,7 @@ SHOWN = (
     UNPACKED,
     COMPILED,
     COMPILING,
+    REFERENCE,
     VERSIONS,
 )
 

@@ -24,7 +24,7 @@ def verdict(plan: Plan) -> str | None:
     return say(
         "{split}: {needed} of {limit} GiB, about {time}",
         **words,
-        time=about_seconds(per_step * length.steps),
+        time=about_seconds(per_step * length.steps + (plan.training.reference_seconds or 0.0)),
     )
 
 

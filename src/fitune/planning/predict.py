@@ -57,6 +57,8 @@ class RunPrediction:
     training: Prediction
     #: None where the run has no evaluation
     evaluation: Prediction | None
+    #: of the pass before the first step that computes a reference which is kept
+    reference: Prediction | None
     recorded: RecordedStep
     device: Device
     #: what the process holds outside PyTorch's allocator
@@ -64,7 +66,9 @@ class RunPrediction:
 
     @property
     def peak_phase(self) -> str:
-        return self.largest.peak_phase if self.largest is self.training else "evaluation"
+        if self.largest is self.training:
+            return self.largest.peak_phase
+        return "evaluation" if self.largest is self.evaluation else "reference"
 
 
 @bounded("fitune.predict")
@@ -138,9 +142,9 @@ def predict_run(
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     _check_tokens(passes)
-    recorded = (recordings or Recordings()).step(
-        config, passes, target=cuda_target(config.model, device)
-    )
+    recordings = recordings or Recordings()
+    target = cuda_target(config.model, device)
+    recorded = recordings.step(config, passes, target=target)
     trace = _complete_trace(config.model, recorded, num_shards=num_shards)
     if device.kind == "cpu" and (note := unknown_accelerator()) is not None:
         trace = replace(trace, source=(*trace.source, note))
@@ -167,14 +171,19 @@ def predict_run(
     predicted = predict_steps(trace, settings, steps)
     training, *rest = map(complete, predicted)
     evaluation = rest[0] if rest else None
-    largest = training
-    if evaluation is not None and evaluation.peak_allocated_bytes > training.peak_allocated_bytes:
-        largest = evaluation
+    reference = None
+    if config.reference == "kept" and passes[-1].kind == "train":
+        once = recordings.step(config, [reference_pass(passes[-1])], target=target)
+        of_once = _complete_trace(config.model, once, num_shards=num_shards)
+        reference = complete(*predict_steps(of_once, settings, [1]))
+    every = (training, evaluation, reference)
+    largest = max((each for each in every if each), key=lambda each: each.peak_allocated_bytes)
     context = device.context or context_prior(device.compute_capability or OLDEST_FLASH)
     return RunPrediction(
         largest=largest,
         training=training,
         evaluation=evaluation,
+        reference=reference,
         recorded=recorded,
         device=device,
         context_bytes=context.expected_bytes if program_bytes is None else program_bytes,
@@ -267,6 +276,11 @@ def heaviest_passes(
         Pass("train", rows),
         evaluation=Pass("eval", rows, most_micro_batches=1) if config.data.is_evaluated else None,
     )
+
+
+def reference_pass(step: Pass) -> Pass:
+    """Return the two largest micro-batches of the pass that computes the reference of samples."""
+    return Pass("reference", step.rows)
 
 
 def _check_tokens(passes: Sequence[Pass]) -> None:

@@ -99,6 +99,29 @@ class Pricer:
         factor = self._factor or 1.0
         return None if plain is None or compiled is None else (factor * plain, factor * compiled)
 
+    def _token_survey(self, variant: Choice) -> float:
+        """Return the seconds of a forward without gradients, by token."""
+        if self._ceilings is None or self._forecaster.config.objective != "kto":
+            return 0.0
+        work = self._forecaster.reference_work(variant)
+        # of its own and of the mismatched answer
+        return seconds_of(work.first, self._ceilings) / (2 * work.positions)
+
+    def reference_seconds(self, choice: Choice) -> float | None:
+        """Return the seconds of the pass over the training samples that computes their reference.
+
+        Returns None if the device's rates or the data are not known, and if the reference is not
+        computed before the first step.
+        """
+        tokens = self._forecaster.lengths.epoch_tokens
+        if self._ceilings is None or tokens is None:
+            return None
+        if self._forecaster.config.reference != "kept":
+            return None
+        work = self._forecaster.reference_work(replace(choice.variant, optimizer=None))
+        seconds = seconds_of(work.first, self._ceilings)
+        return (self._factor or 1.0) * seconds * tokens / work.positions
+
     def _by_layers(self, choice: Choice) -> float | None:
         """Return the "layers" bound."""
         most = self.seconds(replace(choice, recompute="full", offloads=False))
@@ -149,7 +172,12 @@ class Pricer:
             return seconds_of(works, self._ceilings, more_launches=more - saved)
 
         first, later = micro_seconds(low.first, high.first), micro_seconds(low.later, high.later)
-        return first + (shape.num_micro_batches - 1) * later + seconds_of(update, self._ceilings)
+        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(update, self._ceilings)
+        # a recorded step surveys its two micro-batches before the first
+        more_surveys = (
+            shape.num_micro_batches - 2 if self._forecaster.config.objective == "kto" else 0
+        )
+        return seconds + more_surveys * positions * self._token_survey(plain)
 
     @property
     def assumption(self) -> str:

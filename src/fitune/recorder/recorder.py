@@ -76,13 +76,13 @@ class Recorder(TorchDispatchMode):
     def load(self, model: torch.nn.Module) -> None:
         """Record the model's parameters and buffers, in the model's order.
 
-        Called again after the loop's setup, which may move them.
+        Called again after the loop's setup, which may move them, and for a copy that it has made.
         """
         self._tracker.name_modules(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            storage = self._record_storage(tensor, "load", name.rpartition(".")[0])
+            storage = self._record_storage(tensor, "load", module := name.rpartition(".")[0])
             if storage is not None:
-                storage.category = "parameter"
+                storage.category, storage.where = "parameter", storage.where._replace(module=module)
         for parameter in model.parameters():
             if parameter.requires_grad and id(parameter) not in self._hooked:
                 self._hooked.add(id(parameter))

@@ -73,12 +73,13 @@ class Attempt(Progress[P]):
         """Undo what the failed attempt did.
 
         That is only the failed piece if finished gradients are in a buffer of their own. Otherwise,
-        or if `again`, it is the whole step.
+        or if `again`, it is the whole step; so is it where the batch is surveyed, since a replay
+        surveys the pieces that the step ended with.
         """
         self.peers.take_back(self)
         if again:
             self._forget_scaling()
-        if again or self.buffer is None:
+        if again or self.buffer is None or self.protection.work.survey is not None:
             self.restart()
         else:
             self._at_piece.put_back()

@@ -15,8 +15,9 @@ from fitune.data.unpacking import split_again
 from fitune.distributed.sharding import AbortedError, Shards
 from fitune.errors import OutOfMemoryError
 from fitune.machine.out_of_memory import memory_failure, needed_bytes, release_memory
+from fitune.model.evaluation_mode import evaluation_mode
 from fitune.recovery.failure import ELSEWHERE, Failure, missing_memory
-from fitune.step.evaluate import EvalResult, EvalTotals, evaluation_mode
+from fitune.step.evaluate import EvalResult, EvalTotals
 from fitune.step.work import StepSettings
 
 

@@ -44,10 +44,11 @@ TRAIN_COLUMNS = (
     "step", "total_tokens", "seconds", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
     "micro_batch", "num_micro_batches", "peak_allocated_bytes", "peak_reserved_bytes",
     "device_used_bytes", "noise_ratio", "noise_scale_tokens", "margin", "pair_accuracy",
+    "kl",
 )  # fmt: skip
 EVAL_COLUMNS = (
     "step", "total_tokens", "seconds", "eval_loss", "eval_accuracy", "eval_margin",
-    "eval_pair_accuracy",
+    "eval_pair_accuracy", "eval_kl",
 )  # fmt: skip
 MEMORY_COLUMNS = (
     "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes",

@@ -72,6 +72,9 @@ class StepMetrics:
     rejected_reward: float | None = None
     margin: float | None = None
     pair_accuracy: float | None = None
+    #: of kto: the estimate of KL(model, reference) that the step compared with; the two rewards are
+    #: then means over the desirable answers and over the others
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,7 @@ class EvalMetrics:
     eval_rejected_reward: float | None = None
     eval_margin: float | None = None
     eval_pair_accuracy: float | None = None
+    eval_kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

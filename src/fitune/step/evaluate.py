@@ -1,14 +1,14 @@
 """Sums what an objective measures over micro-batches, sample by sample."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitune.data.rows import MicroBatch
+from fitune.model.evaluation_mode import evaluation_mode
 from fitune.objectives.objective import Measured
 from fitune.step.work import StepSettings
 
@@ -57,7 +57,7 @@ class EvalTotals:
             for name, dtype in settings.objective.totals.items()
         }
         self._row_ids: list[int] = []
-        self._sums_2R = [torch.zeros((2, 0), dtype=torch.float64, device=self._device)]
+        self._rows_KR: list[Tensor] = []
         self._loss_weight, self._num_supervised_tokens = 0.0, 0
 
     @torch.no_grad()
@@ -65,13 +65,9 @@ class EvalTotals:
         """Add a micro-batch to the sums; if it fails, leave the sums unchanged."""
         here = micro_batch.to(self._device)
         measured = self._compute(here)
-        if here.pairs is None:
-            sums_2R = here.sum_by_row(torch.stack((measured.losses, here.target_weights_N)))
-        else:
-            sums_2R = torch.stack((measured.losses, here.pairs.facts_R3[:, 0])).double()
         for name, value in measured.totals.items():
             self._totals[name] += value
-        self._sums_2R.append(sums_2R)
+        self._rows_KR.append(measured.rows_KR)
         self._row_ids += micro_batch.row_ids
         self._loss_weight += micro_batch.loss_weight
         self._num_supervised_tokens += micro_batch.num_supervised_tokens
@@ -87,16 +83,17 @@ class EvalTotals:
         )
 
     def result(self) -> EvalResult:
-        host = torch.cat(self._sums_2R, dim=1).cpu()
+        none = torch.zeros((2, 0), dtype=torch.float64)
+        host_KR = torch.cat(self._rows_KR, dim=1).cpu() if self._rows_KR else none
         order = sorted(range(len(self._row_ids)), key=self._row_ids.__getitem__)
-        row_losses, row_weights = host[:, order].tolist()
+        losses_R, totals = self._settings.objective.settle(host_KR[:, order])
         return EvalResult(
             row_ids=tuple(self._row_ids[place] for place in order),
             loss_weight=self._loss_weight,
-            totals={name: total.item() for name, total in self._totals.items()},
+            totals={name: total.item() for name, total in self._totals.items()} | dict(totals),
             num_supervised_tokens=self._num_supervised_tokens,
-            row_losses=tuple(row_losses),
-            row_weights=tuple(row_weights),
+            row_losses=tuple(losses_R.tolist()),
+            row_weights=tuple(host_KR[1, order].tolist()),
         )
 
 
@@ -118,13 +115,3 @@ def merge_evaluations(parts: Sequence[EvalResult]) -> EvalResult:
         row_losses=row_losses,
         row_weights=row_weights,
     )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -33,6 +33,16 @@ class Piece(Protocol):
 P = TypeVar("P", bound=Piece)
 
 
+@dataclass(frozen=True, slots=True)
+class Survey(Generic[P]):
+    """What a step computes of all its pieces before the first of them."""
+
+    #: the sum over a piece's samples of what the loss depends on the mean of, without a graph
+    measure: Callable[[P], Tensor]
+    #: (that mean over the batch, piece, loss_weight) -> as `Work.loss_share`
+    loss_share: Callable[[Tensor, P, float], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work(Generic[P]):
     """What a step computes, and how its pieces are split."""
@@ -51,6 +61,8 @@ class Work(Generic[P]):
     clip: float
     #: sum the gradients of finished pieces in a buffer of their own, see `StepSettings.commit`
     commit: bool
+    #: where the loss of a sample depends on the whole batch; a failed step then begins again
+    survey: Survey[P] | None = None
 
 
 class Peers(ClippingPeers, Protocol):

@@ -9,11 +9,16 @@ batch, so the gradient does not depend on how the samples are split into micro-b
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from fitune.batch_size.norms import GradientNorms
 from fitune.step.gradients import Clipped, backward, clip_gradients, update
-from fitune.step.progress import P, Progress, Work
+from fitune.step.progress import P, Progress, Survey, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +91,29 @@ def accumulate(work: Work[P], progress: Progress[P]) -> None:
     """Compute forward and backward of each pending piece."""
     if progress.loss_weight == 0:
         progress.skip()
+    loss_share = work.loss_share if work.survey is None else _surveyed(work.survey, progress)
     for piece in progress.peers.passes(work, progress):
-        loss = work.loss_share(piece, progress.loss_weight)
+        loss = loss_share(piece, progress.loss_weight)
         progress.place = "backward"
         loss = backward(loss, work.scaler, progress.norms, alone=progress.is_one_piece)
         progress.finish(loss)
+
+
+def _surveyed(survey: Survey[P], progress: Progress[P]) -> Callable[[P, float], Tensor]:
+    """Survey all pieces of the step, and return the share of a piece in the loss of this batch.
+
+    All of them are pending: a step with a survey begins again as a whole.
+    """
+    progress.place = "forward"
+    total: Tensor | None = None
+    for number, piece in enumerate(progress.pending):
+        try:
+            found = survey.measure(piece)
+        except Exception:
+            # the first of the pending pieces counts as the one that failed
+            progress.pending.insert(0, progress.pending.pop(number))
+            raise
+        total = found if total is None else total + found
+    if total is None:
+        total = torch.zeros((), device=progress.device)
+    return partial(survey.loss_share, total / max(progress.loss_weight, 1.0))

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from fitune.batch_size.norms import NormRecorder
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again, without_rows
 from fitune.distributed.sharding import Shards
+from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.objectives.objective import Objective
 from fitune.step.peers import ALONE
-from fitune.step.progress import Progress, Work
+from fitune.step.progress import Progress, Survey, Work
 from fitune.step.step import StepResult, optimizer_step
 
 T = TypeVar("T")
@@ -35,6 +36,14 @@ class StepSettings:
     commit: bool = False
     #: if the model is sharded over several processes
     shards: Shards | None = None
+
+    def of_reference(self) -> Self:
+        """Return the settings of the pass that computes a reference which is kept.
+
+        Each sequence is evaluated to minus its log-probability.
+        """
+        assert isinstance(self.objective, AnswerLogProbs)
+        return replace(self, objective=self.objective.as_supervised())
 
     def run(self, device: torch.device, compute: Callable[[], T]) -> T:
         """Run `compute`, which uses the model, under these settings, and return its result."""
@@ -77,7 +86,21 @@ def micro_batch_work(
         without=without_rows,
         clip=settings.clip,
         commit=settings.commit,
+        survey=_survey(model, settings) if settings.objective.surveys else None,
     )
+
+
+def _survey(model: nn.Module, settings: StepSettings) -> Survey[MicroBatch]:
+    def measure(micro_batch: MicroBatch) -> Tensor:
+        device = next(model.parameters()).device
+        here = micro_batch.to(device)
+        return settings.run(device, lambda: settings.objective.survey(model, here))
+
+    def share(mean: Tensor, micro_batch: MicroBatch, loss_weight: float) -> Tensor:
+        known = replace(settings, objective=settings.objective.knowing(mean))
+        return loss_share(model, micro_batch, loss_weight=loss_weight, settings=known)
+
+    return Survey(measure, share)
 
 
 def train_step(

@@ -18,12 +18,13 @@ from transformers import PretrainedConfig
 
 from fitune.config import ModelConfig, OptimConfig, RunConfig
 from fitune.data.packing import lay_out
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import Batch, MicroBatch, Row, sequences_of
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.objectives.choose import unbound_objective
-from fitune.objectives.objective import Chunking, Objective, Sweep
+from fitune.objectives.log_probs import AnswerLogProbs
+from fitune.objectives.objective import Chunking, Objective, Sweep, has_no_graph
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import MemoryTrace, OperatorWork
@@ -41,19 +42,26 @@ from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 
 #: The first compute capability that has bfloat16.
 FIRST_BFLOAT16 = (8, 0)
-Kind = Literal["state", "train", "eval"]
+Kind = Literal["state", "train", "eval", "reference"]
 CHUNK_LOOPS: Mapping[Sweep, str] = {
     "train": "loss.chunks",
     "backward": "loss.backward_chunks",
     "eval": "loss.eval_chunks",
+    "reference": "loss.reference_chunks",
+    "eval_reference": "loss.eval_reference_chunks",
+    "survey": "loss.survey_chunks",
+    "survey_reference": "loss.survey_reference_chunks",
+    "eval_survey": "loss.eval_survey_chunks",
+    "eval_survey_reference": "loss.eval_survey_reference_chunks",
 }
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one recorded step does: an optimizer step, an evaluation, or the creation of the state.
+    """What one recorded step does.
 
-    The optimizer step is that of an effective batch. A run creates the optimizer's state first.
+    It is an optimizer step of an effective batch, an evaluation, the creation of the optimizer's
+    state, which a run does first, or before that the computation of a reference that is kept.
     """
 
     kind: Kind
@@ -82,7 +90,9 @@ class PassLayouts:
             for number, (length, num_targets) in enumerate(each.rows)
         )
         layout = self.train if each.kind == "train" else self.eval
-        groups = layout.group(Batch(tuple(rows)))
+        groups = layout.group(
+            sequences_of(rows) if each.kind == "reference" else Batch(tuple(rows))
+        )
         positions = [
             sum(map(len, rows))
             if layout.packed
@@ -221,6 +231,13 @@ def model_for(
     return RecordedModel(build, settings, prepare=prepare, shapes=shapes, patience=patience)
 
 
+def _load_frozen_copy(recorder: Recorder, objective: Objective) -> None:
+    """Record the weights of a reference as those of the model, whose layers are repeated."""
+    live = objective.reference if isinstance(objective, AnswerLogProbs) else None
+    if live is not None and live.copy is not None:
+        recorder.load(live.copy)
+
+
 def _create_state(setup: Setup, recorder: Recorder, device: torch.device) -> None:
     with recorder.creating_state():
         create_state(setup.optimizer)
@@ -274,6 +291,7 @@ def record_columns_of_step(
         )
         num_parameters, num_trainable_parameters = count_parameters(model)
         objective = setup.settings.objective
+        _load_frozen_copy(recorders[0], objective)
         settings = replace(setup.settings, objective=objective.watched(watched_chunks))
         facts.append(
             {
@@ -290,12 +308,7 @@ def record_columns_of_step(
             kind, micro_batches = next(remaining_steps)
             if kind == "state":
                 _create_state(setup, recorders[0], here)
-                if target is not None:
-                    # a run empties the cache after its trials
-                    recorders[0].empty_cache()
-            elif kind == "eval":
-                evaluate(model, micro_batches, settings=settings)
-            else:
+            elif kind == "train":
                 train_step(
                     model,
                     setup.optimizer,
@@ -303,6 +316,12 @@ def record_columns_of_step(
                     settings=settings,
                     scaler=setup.scaler,
                 )
+            else:
+                of_kind = settings if kind == "eval" else settings.of_reference()
+                evaluate(model, micro_batches, settings=of_kind)
+            if target is not None and kind in ("state", "reference"):
+                # a run empties the cache after its trials, and after a reference
+                recorders[0].empty_cache()
 
         return step
 
@@ -358,12 +377,9 @@ def shape_of_step(
             continue
         for rows in groups:
             num_tokens = Batch(tuple(rows)).num_supervised_tokens
-            parts = chunking.slices(num_tokens, evaluates=each.kind == "eval")
-            last = parts[-1].stop - parts[-1].start if parts else 0
-            sweeps: tuple[Sweep, ...] = ("eval",) if each.kind == "eval" else ("train",)
-            if chunking.again and each.kind == "train":
-                sweeps = ("train", "backward")
-            for sweep in sweeps:
+            for sweep in chunking.sweeps(evaluates=each.kind != "train"):
+                parts = chunking.slices(num_tokens, evaluates=has_no_graph(sweep))
+                last = parts[-1].stop - parts[-1].start if parts else 0
                 chunks.setdefault(CHUNK_LOOPS[sweep], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
         return None
@@ -403,6 +419,11 @@ def _lay_out(
 def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool) -> "_OnHost":
     values = {field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)}
     whole = micro_batch.joined() if is_joined else None
+    answers = micro_batch.answers
+    if answers is not None and answers.mismatched is not None:
+        # a survey is a part of the micro-batch that runs
+        other = _on_host(answers.mismatched, lambda: None, is_joined)
+        values["answers"] = replace(answers, mismatched=other)
     return _OnHost(**values, begin=begin, whole=whole)
 
 

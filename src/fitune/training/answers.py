@@ -17,9 +17,9 @@ from fitune.errors import DataError
 from fitune.machine.out_of_memory import memory_failure, release_memory
 from fitune.model.answer import Sampling, generate
 from fitune.model.ends import ids_of
+from fitune.model.evaluation_mode import evaluation_mode
 from fitune.run.answers import EvalAnswer
 from fitune.step.assemble import Setup
-from fitune.step.evaluate import evaluation_mode
 from fitune.training.log import RunLog
 from fitune.training.samples import Data, Prompt
 from fitune.training.state import RunState

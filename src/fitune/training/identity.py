@@ -12,15 +12,17 @@ from contextlib import nullcontext
 from hashlib import blake2b
 
 import torch
+from torch import Tensor, nn
 
 from fitune.config import RunConfig
 from fitune.data.examples import Examples
 from fitune.errors import RunDirectoryError
+from fitune.objectives.log_probs import AnswerLogProbs
 from fitune.step.assemble import Setup, choose_precision
 
 Json = dict[str, object]
 #: If one of these changes, the saved tensors do not fit.
-NEEDS_NEW_RUN = ("model", "model.method", "optim.name")
+NEEDS_NEW_RUN = ("model", "model.method", "optim.name", "reference")
 _SAMPLED_ELEMENTS = 4096
 
 
@@ -39,7 +41,7 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
         ).name,
         "data.train": _data_hash(train),
         "data.eval": _data_hash(held_out),
-        **_objective_identity(config),
+        **_objective_identity(config, setup),
         "batch.effective": config.batch.rows_per_step,
         **{f"optim.{key}": value for key, value in optim.items()},
         **{
@@ -52,13 +54,19 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
     }
 
 
-def _objective_identity(config: RunConfig) -> Json:
+def _objective_identity(config: RunConfig, setup: Setup) -> Json:
     if config.objective == "sft":
         return {}
-    preference = config.preference.model_dump(mode="json")
+    preference = config.preference.model_dump(mode="json", exclude={"reference"})
+    objective = setup.settings.objective
+    live = objective.reference if isinstance(objective, AnswerLogProbs) else None
+    frozen = None if live is None else live.copy
     return {
         "objective": config.objective,
         **{f"preference.{key}": value for key, value in preference.items()},
+        **({} if live is None else {"preference.reference": config.reference}),
+        # no checkpoint has the copy: a resumed run makes it of the same weights again
+        **({} if frozen is None else {"reference": _frozen_hash(frozen)}),
     }
 
 
@@ -150,7 +158,19 @@ def _model_hash(setup: Setup) -> str:
             )
             if not parameter.requires_grad:
                 whole = parameter.detach() if shards is None else shards.whole(parameter.detach())
-                flat = whole.reshape(-1)
-                sample = flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS)]
-                digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+                digest.update(_sampled(whole))
     return digest.hexdigest()
+
+
+def _frozen_hash(model: nn.Module) -> str:
+    digest = blake2b(digest_size=8)
+    for parameter in model.parameters():
+        digest.update(_sampled(parameter.detach()))
+    return digest.hexdigest()
+
+
+def _sampled(weight: Tensor) -> bytes:
+    """Return the bytes of a few thousand elements of a weight."""
+    flat = weight.reshape(-1)
+    sample = flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS)]
+    return sample.contiguous().view(torch.uint8).cpu().numpy().tobytes()

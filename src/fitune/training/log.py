@@ -123,9 +123,9 @@ def step_metrics(
     result: StepResult = safe.step
     assert result.loss is not None
     assert result.grad_norm is not None
-    # the noise is measured by loss weight, which is one a pair, and is told in tokens
-    are_pairs = any(row.judged is not None for row in batch.rows)
-    tokens_per_weight = batch.num_supervised_tokens / batch.loss_weight if are_pairs else 1.0
+    # the noise is measured by loss weight, which is one a sample of preferences, and is told in tokens
+    are_preferences = any(row.judged is not None for row in batch.rows)
+    tokens_per_weight = batch.num_supervised_tokens / batch.loss_weight if are_preferences else 1.0
     return StepMetrics(
         step=state.step,
         tokens=batch.num_tokens,
@@ -152,8 +152,8 @@ def step_metrics(
 
 def with_means(metrics: StepMetrics, objective: Objective, result: StepResult) -> StepMetrics:
     """Return the metrics with what the objective adds to them; see `Objective.means`."""
-    means: dict[str, Any] = dict(zip(objective.means, result.means, strict=True))
-    return replace(metrics, **means)
+    fields: dict[str, Any] = objective.step_metrics(result.means)
+    return replace(metrics, **fields)
 
 
 def run_summary(

@@ -303,7 +303,7 @@ def load_data(
         tokenizer,
         split="train",
         eval_max_rows=config.eval.max_rows,
-        of_pairs=config.is_of_pairs,
+        kind=config.sample_kind,
         on_progress=on_progress,
     )
     held_out = load_examples(
@@ -311,7 +311,7 @@ def load_data(
         tokenizer,
         split="eval",
         eval_max_rows=config.eval.max_rows,
-        of_pairs=config.is_of_pairs,
+        kind=config.sample_kind,
     )
     if not len(train):
         raise DataError(

@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from fitune.boundary import parse_json
 from fitune.data.examples import Examples
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import MicroBatch, sequences_of
 from fitune.distributed.processes import Ranks
 from fitune.errors import RunDirectoryError
 from fitune.machine.out_of_memory import release_memory
-from fitune.objectives.preference import Preference
 from fitune.plain_files import MAX_LOG_BYTES, read_plain
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.failure import Failure
@@ -91,8 +90,8 @@ def compute_reference(setup: Setup, data: Data, *, ranks: Ranks) -> WithReferenc
         for examples in (data.train, data.eval)
     )
     seconds = format_seconds(time.perf_counter() - start)
-    num_pairs = len(data.train) + len(data.eval)
-    done = f"log-probabilities of {num_pairs:,} pairs under the reference computed in {seconds}"
+    num_rows = len(data.train) + len(data.eval)
+    done = f"log-probabilities of {num_rows:,} samples under the reference computed in {seconds}"
     return WithReference(_with(data, train, held_out), (*map(str, failures), done))
 
 
@@ -110,14 +109,12 @@ def _log_probs(
     on_failures: Callable[[tuple[Failure, ...]], None],
 ) -> npt.NDArray[np.float32]:
     """Return the log-probabilities of both answers of each pair, float32 [samples, 2]."""
-    objective = setup.settings.objective
-    assert isinstance(objective, Preference)
     device = next(setup.model.parameters()).device
     with survivable(device):
         found = safe_evaluate(
             setup.model,
             _sequences(setup, examples, range(ranks.rank, len(examples), ranks.size)),
-            settings=replace(setup.settings, objective=objective.as_supervised()),
+            settings=setup.settings.of_reference(),
             query_free_bytes=lambda: allocatable_bytes(device),
         )
     release_memory(device)
@@ -130,15 +127,7 @@ def _sequences(setup: Setup, examples: Examples, numbers: range) -> Iterator[Mic
     """Yield micro-batches of the single sequences of these pairs, two numbers for each pair."""
     for start in range(0, len(numbers), _ROWS_AT_ONCE):
         rows = (examples[number] for number in numbers[start : start + _ROWS_AT_ONCE])
-        yield from setup.eval_layout.split(
-            Batch(
-                tuple(
-                    Row(2 * row.row_id + place, *sequence)
-                    for row in rows
-                    for place, sequence in enumerate(row.sequences())
-                )
-            )
-        )
+        yield from setup.eval_layout.split(sequences_of(rows))
 
 
 def _with(data: Data, train: npt.NDArray[np.float32], held_out: npt.NDArray[np.float32]) -> Data:

@@ -255,11 +255,11 @@ def _with_reference(
     kept: RunDirectory | None,
     ranks: Ranks,
 ) -> "Prepared":
-    """Return the prepared run with the reference's log-probabilities, if its objective needs them.
+    """Return the prepared run with the reference's log-probabilities, if these are to be kept.
 
     kept: the run that has them; None to compute them, with weights that are not trained yet.
     """
-    if not config.needs_reference:
+    if config.reference != "kept":
         return prepared
     from fitune.training.reference import compute_reference, read_reference, write_reference
 
@@ -390,6 +390,11 @@ def _prepare(
     if config.train.probe and ranks.size > 1:
         raise UsageError(
             f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun"
+        )
+    if config.objective == "kto" and ranks.size > 1:
+        raise UsageError(
+            "objective kto compares with the mean over a whole batch, which works in one process "
+            f"and {ranks.size} were started: drop torchrun"
         )
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:

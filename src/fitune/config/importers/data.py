@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fitune.boundary import parse_json
-from fitune.config.importers.draft import Draft, is_off, without
+from fitune.config.importers.draft import Draft, is_off, preference_kind, without
 from fitune.config.text_files import decode, read_bounded
 from fitune.config.wording import format_value
 from fitune.config.yaml_lines import parse_yaml
@@ -199,10 +199,21 @@ def _refuse_axolotl_source(draft: Draft, path: object, item: Mapping[str, object
     roles = item.get("roles_to_train")
     key = item.get("message_field_training")
     where = f"{draft.arguments.source}: the data {path}"
-    if isinstance(kind, str) and _PREFERENCE_TYPES.match(kind):
+    trained = preference_kind(draft.arguments)
+    if isinstance(kind, str) and _PREFERENCE_TYPES.match(kind) and trained is not None:
+        if kind.startswith("user_defined"):
+            raise ConfigError(
+                [
+                    f"{where}, type {format_value(kind)}: give samples with prompt, chosen and rejected"
+                ]
+            )
+        draft.differs.append(
+            f"data {path}, type {kind}: the samples' own keys are read, through the model's chat template"
+        )
+    elif isinstance(kind, str) and _PREFERENCE_TYPES.match(kind):
         raise ConfigError(
             [
-                f"{where}, type {format_value(kind)}: only supervised fine-tuning and LLaMA-Factory's stage dpo are imported"
+                f"{where}, type {format_value(kind)}: only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported"
             ]
         )
     if kind == "input_output":
@@ -301,7 +312,7 @@ def _path_from_dataset_info(draft: Draft, item: str) -> str:
         )
         return item
     where = f"{directory}/dataset_info.json, {item}"
-    if entry.get("ranking"):
+    if entry.get("ranking") and preference_kind(draft.arguments) is None:
         raise ConfigError(
             [
                 f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"
@@ -309,7 +320,9 @@ def _path_from_dataset_info(draft: Draft, item: str) -> str:
         )
     if entry.get("subset") or entry.get("split", "train") != "train":
         raise ConfigError([f"{where}: {_ONLY_WHOLE_SOURCES}"])
-    draft.columns.append((_columns_of_dataset_info(entry, where), where))
+    draft.columns.append(
+        (_columns_of_dataset_info(entry, where, preference_kind(draft.arguments)), where)
+    )
     if others := {
         key: value for key, value in (entry.get("tags") or {}).items() if value not in _KNOWN_TAGS
     }:
@@ -336,14 +349,19 @@ _KNOWN_TAGS = (
 )
 
 
-def _columns_of_dataset_info(entry: Mapping[str, Any], where: str) -> dict[str, str]:
+def _columns_of_dataset_info(
+    entry: Mapping[str, Any], where: str, training: str | None = None
+) -> dict[str, str]:
     """Return {our name: its name} for the columns of an entry of LLaMA-Factory's list.
 
-    Raises ConfigError if the entry has columns of preference or multimodal data.
+    training: the training on preferences, which reads chosen and rejected answers or kto_tag
+
+    Raises ConfigError if the entry has columns that the training does not read.
     """
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    read = {None: (), "kto": ("kto_tag",)}.get(training, ("chosen", "rejected"))
     for key in ("kto_tag", "chosen", "rejected", "images", "videos", "audios"):
-        if columns.get(key):
+        if columns.get(key) and key not in read:
             way_out = "give other data with --data"
             raise ConfigError(
                 [
@@ -356,11 +374,12 @@ def _columns_of_dataset_info(entry: Mapping[str, Any], where: str) -> dict[str, 
             "system": columns.get("system"),
             "tools": columns.get("tools"),
         }
+        named |= _judged_columns(columns)
         named |= {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
         return {
             ours: theirs
             for ours, theirs in named.items()
-            if theirs and theirs not in _SAME_NAMES[ours]
+            if theirs and theirs not in _SAME_NAMES.get(ours, (ours,))
         }
     names = {
         "prompt": ("prompt", "instruction"),
@@ -370,10 +389,18 @@ def _columns_of_dataset_info(entry: Mapping[str, Any], where: str) -> dict[str, 
     named = {ours: columns.get(theirs) for ours, (theirs, _) in names.items()}
     if all(theirs in (None, names[ours][1]) for ours, theirs in named.items()):
         named = {}
-    elif not columns.get("response"):  # plain text
+    elif not columns.get("response") and not columns.get("chosen"):  # plain text
         named = {"text": columns["prompt"]} if columns.get("prompt") not in (None, "text") else {}
     named |= {ours: columns.get(ours) for ours in ("system", "history", "tools")}
+    named |= _judged_columns(columns)
     return {ours: theirs for ours, theirs in named.items() if theirs and theirs != ours}
+
+
+def _judged_columns(columns: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the columns of chosen and rejected answers and of labels, by our names."""
+    label = columns.get("kto_tag")
+    named = {ours: columns.get(ours) for ours in ("chosen", "rejected")}
+    return named | {"label": None if label in ("kto_tag", "label") else label}
 
 
 def _paths_from_v1_yaml(draft: Draft, path: Path) -> list[str]:

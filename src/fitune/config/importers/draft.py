@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fitune.config.importers.read import ToolArguments
-from fitune.config.importers.reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING, PREFERENCE_OF_TRL
+from fitune.config.importers.reasons import (
+    ANSWERS,
+    NOT_NEEDED,
+    OTHER_TRAINING,
+    PREFERENCE_OF_TRL,
+    READ_OF_PREFERENCES,
+)
+from fitune.config.importers.tools import Default
 from fitune.config.wording import format_value
 from fitune.config.yaml_lines import parse_scalar
 from fitune.errors import ConfigError
@@ -53,6 +60,7 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
     """
     values: dict[str, object] = {}
     origins, faults = {}, []
+    kind = preference_kind(arguments)
     for holder, held in arguments.values.items():
         for name, value in _expand_mapping(holder, held).items():
             names = {name, arguments.table.keys.get(name, "")}
@@ -70,6 +78,8 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
                 faults.append(
                     f"{origins[name]} {name}: {format_value(value)}: a word is needed here"
                 )
+            elif kind is not None and name in READ_OF_PREFERENCES:
+                continue
             elif is_other_training(name, value):
                 faults.append(
                     f"{origins[name]} {name}: {format_value(value)}: {OTHER_TRAINING[name][1]}"
@@ -77,11 +87,29 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
             elif name in PREFERENCE_OF_TRL and arguments.tool == "TRL" and not is_off(value):
                 faults.append(
                     f"{origins[name]} {name}: {format_value(value)}: "
-                    "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported"
+                    "only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported"
                 )
     if faults:
         raise ConfigError(faults)
     return replace(arguments, values=values, origins=origins)
+
+
+#: what a tool's selector of another training than supervised fine-tuning -> its names of those
+#: that are imported
+_SELECTORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "LLaMA-Factory": ("stage", ("dpo", "kto")),
+    "axolotl": ("rl", ("dpo", "ipo", "orpo", "simpo", "kto")),
+    "ms-swift": ("rlhf_type", ("dpo", "orpo", "simpo", "kto")),
+}
+
+
+def preference_kind(arguments: ToolArguments) -> str | None:
+    """Return the tool's name for the training on preferences that is imported, None if it is none."""
+    if arguments.tool == "TRL":
+        return arguments.training or None
+    name, known = _SELECTORS.get(arguments.tool, ("", ()))
+    chosen = arguments.values.get(name, "dpo" if arguments.training == "rlhf" else None)
+    return chosen if isinstance(chosen, str) and chosen in known else None
 
 
 def is_other_training(name: str, value: object) -> bool:
@@ -133,6 +161,8 @@ class Draft:
     given_elsewhere: dict[str, object] = field(default_factory=dict)
     #: For each source of training data: {our name of a column: its name}, and where that is stated.
     columns: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    #: Our key -> a default of the tool for this training that differs from its table.
+    own_defaults: dict[str, Default] = field(default_factory=dict)
     #: The formats that axolotl's sources name as their type.
     types: set[str] = field(default_factory=set)
 
@@ -172,7 +202,7 @@ class Draft:
         return self.default(key)
 
     def default(self, key: str) -> Any:
-        found = self.arguments.table.defaults.get(key)
+        found = self.own_defaults.get(key) or self.arguments.table.defaults.get(key)
         if found is None:
             return None
         return found.value[self.method] if isinstance(found.value, dict) else found.value
@@ -183,7 +213,7 @@ class Draft:
         if key in self.given_elsewhere:
             comment = "command line"
         elif comment is None and name is None:
-            found = self.arguments.table.defaults.get(key)
+            found = self.own_defaults.get(key) or self.arguments.table.defaults.get(key)
             comment = f"default of {found.source if found else self.tool}"
         elif comment is None:
             assert name is not None

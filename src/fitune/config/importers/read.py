@@ -32,15 +32,22 @@ PROGRAMS = {
     **dict.fromkeys(MINIMIND_SCRIPTS, "minimind"),
 }
 _TRAINING_SUBCOMMANDS = {
-    "ms-swift": ("sft", "pt"),
+    "ms-swift": ("sft", "pt", "rlhf"),
     "LLaMA-Factory": ("train",),
     "axolotl": ("train",),
-    "TRL": ("sft",),
+    "TRL": ("sft", "dpo", "kto", "orpo"),
 }
 _NAMED_PROGRAMS = {
     "tune": "torchtune", "litgpt": "litgpt", "megatron": "Megatron-SWIFT", "unsloth-cli.py": "Unsloth",
 }  # fmt: skip
 _OTHER_SCRIPT = re.compile(r"(^|_)(dpo|ppo|grpo|kto|orpo|rlhf|rm|reward|distill\w*)(_|\.py$)")
+#: scripts of training on preferences that are imported -> (the tool, the training)
+_PREFERENCE_SCRIPTS = {
+    **{f"{name}.py": ("TRL", name) for name in ("dpo", "kto", "orpo")},
+    **{f"trl.scripts.{name}": ("TRL", name) for name in ("dpo", "kto")},
+    "swift.cli.rlhf": ("ms-swift", "rlhf"),
+    "rlhf.py": ("ms-swift", "rlhf"),
+}
 _DEVICE_FLAGS = ("nproc_per_node", "num_processes", "num_gpus")
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -78,6 +85,8 @@ class ToolArguments:
     devices: int | None = None
     #: Whether the command trains on plain text, as `swift pt` does.
     is_text: bool = False
+    #: The training that the command names where it is one on preferences: dpo, kto, orpo, rlhf.
+    training: str = ""
 
     @property
     def table(self) -> Tool:
@@ -182,17 +191,25 @@ def read_command(
         if sub not in _TRAINING_SUBCOMMANDS[tool_hint]:
             raise ConfigError(
                 [
-                    f"{source}: '{program} {sub}' is no supervised fine-tuning, which fitune is for alone"
+                    f"{source}: '{program} {sub}' is neither supervised fine-tuning nor DPO, SimPO, ORPO or KTO"
                 ]
             )
     flags = _flags(rest)
+    known, training = _PREFERENCE_SCRIPTS.get(program, (None, ""))
+    if known is not None and tool_hint in (None, known):
+        tool_hint = known
+    elif sub not in ("dpo", "kto", "orpo", "rlhf"):
+        training = ""
+    else:
+        training = sub
     if (
         script is not None
+        and not training
         and _OTHER_SCRIPT.search(script)
         and not MINIMIND.unique_names & flags.keys()
     ):
         raise ConfigError(
-            [f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"]
+            [f"{source}: '{script}' is neither supervised fine-tuning nor DPO, SimPO, ORPO or KTO"]
         )
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
@@ -208,6 +225,7 @@ def read_command(
         script,
         _devices(_flags(words[:start]), environment, found),
         is_text=sub == "pt",
+        training=training,
     )
 
 

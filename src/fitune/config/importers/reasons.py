@@ -13,8 +13,8 @@ def _none_of(names: str) -> dict[str, tuple[object, ...]]:
 # An argument that is off or has one of the listed values is plain supervised fine-tuning. Any other
 # value is a different training, which an import must not silently turn into this one.
 _OTHER_TRAINING: dict[str, dict[str, tuple[object, ...]]] = {
-    "only supervised fine-tuning and LLaMA-Factory's stage dpo are imported": {
-        "stage": ("sft", "pt", "dpo"),
+    "only supervised fine-tuning, DPO, SimPO, ORPO and KTO are imported": {
+        "stage": ("sft", "pt", "dpo", "kto"),
         "rl": ("sft",),
         "rlhf_type": (),
         "task_type": ("causal_lm", "CAUSAL_LM"),
@@ -96,6 +96,16 @@ OTHER_TRAINING: Mapping[str, tuple[tuple[object, ...], str]] = {
 #: supervised fine-tuning does not have them.
 PREFERENCE_OF_TRL = frozenset(
     ("beta", "num_iterations", "epsilon_high", "scale_rewards", "use_vllm", "vllm_mode")
+)
+
+#: What the importers of preferences read where a training is one of them.
+READ_OF_PREFERENCES = frozenset(
+    (
+        *("stage", "rl", "rlhf_type", "beta", "rl_beta", "orpo_alpha", "loss_type"),
+        *("label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight"),
+        *("reference_free", "precompute_ref_log_probs", "sync_ref_model", "f_divergence_type"),
+        *("rpo_alpha", "cpo_alpha", "loss_weights"),
+    )
 )
 
 ANSWERS = {

@@ -110,7 +110,7 @@ TRL = Tool(
     name="TRL",
     release="TRL 1.16",
     base=TRANSFORMERS,
-    programs=("trl", "trl.scripts.sft"),
+    programs=("trl", "trl.scripts.sft", "trl.scripts.dpo", "trl.scripts.kto"),
     unique_names=_names(
         "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming "
         "use_peft max_seq_length "
@@ -308,7 +308,7 @@ MS_SWIFT = Tool(
     name="ms-swift",
     release="ms-swift 4.4",
     base=TRANSFORMERS,
-    programs=("swift", "swift.cli.sft", "swift.cli.pt"),
+    programs=("swift", "swift.cli.sft", "swift.cli.pt", "swift.cli.rlhf"),
     unique_names=_names(
         "tuner_type train_type split_dataset_ratio val_dataset attn_impl model_author "
         "agent_template loss_scale "
