@@ -121,9 +121,17 @@ def test_a_notebook_is_predicted_by_its_cells(place: Path) -> None:
     assert [step.step for step in found.step_peaks] == [1, 2, 3]
 
 
+def test_a_script_that_updates_its_parameters_by_hand_is_predicted(place: Path) -> None:
+    by_hand = "for p in model.parameters():\n        p.data.add_(p.grad, alpha=-1)"
+    code = STEP.replace("optimizer.step()", by_hand).replace("optimizer.zero", "model.zero")
+    found = predict(place, write(place, code), num_steps=3)
+    assert [step.step for step in found.step_peaks] == [1, 2, 3]
+    assert any("updates its parameters where it clears" in line for line in found.assumptions)
+
+
 REFUSED = {
     "no step": (
-        STEP.replace("optimizer.step()", "pass"),
+        STEP.replace("optimizer.step()", "pass").replace("optimizer.zero_grad()", "pass"),
         r"own.py ended after 9 forward passes without an optimizer.step\(\)",
     ),
     "fails": (

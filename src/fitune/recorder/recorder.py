@@ -68,6 +68,8 @@ class Recorder(TorchDispatchMode):
         self._saved_candidates: list[RecordedStorage] = []
         #: Ids of the parameters that report when their gradient is complete.
         self._hooked: set[int] = set()
+        #: Whether a backward of this step has completed a gradient.
+        self.has_gradients = False
         #: Where new storages lie; None: where the operator's inputs lie.
         self._placing: Place | None = None
 
@@ -89,6 +91,7 @@ class Recorder(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)
 
     def begin_step(self, step: int) -> None:
+        self.has_gradients = False
         self._tracker.begin_step(step)
 
     def savepoint(self) -> Savepoint:
@@ -459,6 +462,7 @@ class Recorder(TorchDispatchMode):
             self._saved_candidates.clear()
 
     def _mark_gradient(self, parameter: torch.Tensor) -> None:
+        self.has_gradients = True
         if parameter.grad is not None and (storage := self._find(parameter.grad)) is not None:
             storage.category = "gradient"
 
