@@ -101,8 +101,12 @@ def main() -> None:
     parser.add_argument(
         "--selected", type=int, default=-1, help="how many elements each mask selects"
     )
-    parser.add_argument("--truth", type=int, default=1, help="what a question about a mask is answered")
-    parser.add_argument("--explain", action="store_true", help="predict it too, and print what differs")
+    parser.add_argument(
+        "--truth", type=int, default=1, help="what a question about a mask is answered"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="predict it too, and print what differs"
+    )
     cut = sys.argv.index("--")
     options, words = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     steps = Steps(options.steps, words if options.explain else ())

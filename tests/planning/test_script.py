@@ -233,6 +233,39 @@ def test_what_the_command_of_a_trainer_starts_is_predicted_in_its_place(place: P
     assert found.categories["parameter"] == (128 * 128 + 128) * 4
 
 
+BEFORE = """
+import os, subprocess, sys
+for start in (lambda words: subprocess.check_output(words, cwd="data", text=True), WITH_SHELL):
+    assert start([sys.executable, "prepare.py"]).count("prepared") == 1
+assert open("data/width.txt").read() == "64"
+"""
+
+
+def test_a_script_that_prepares_its_data_in_a_process_of_its_own_trains_after_it(
+    place: Path,
+) -> None:
+    """What such a process writes is found by the script, and stays no longer than it does."""
+    (place / "data").mkdir()
+    (place / "data" / "prepare.py").write_text(
+        "open('width.txt', 'w').write('64')\nprint('prepared')\n"
+    )
+    with_shell = "lambda words: 'prepared' * (os.system(f'X=1 {words[0]} data/prepare.py') == 0)"
+    found = predict(place, write(place, BEFORE.replace("WITH_SHELL", with_shell) + STEP))
+    assert found.categories["parameter"] == 64 * 64 * 4 + 512  # blocks of 512 bytes
+    assert [path.name for path in (place / "data").iterdir()] == ["prepare.py"]
+
+
+def test_a_process_that_a_script_starts_and_that_fails_is_named(place: Path) -> None:
+    (place / "prepare.py").write_text("open('absent.txt')")
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, 'prepare.py'])\n"
+    with pytest.raises(UsageError, match=r"needs absent.txt at prepare.py:1"):
+        predict(place, write(place, code + STEP))
+    (place / "prepare.py").write_text("")
+    code = "import os, sys\nos.execv(sys.executable, [sys.executable, 'prepare.py'])\n"
+    with pytest.raises(UsageError, match=r"prepare.py ended after 0 forward passes"):
+        predict(place, write(place, code + STEP))
+
+
 def test_a_command_that_starts_several_processes_is_refused(place: Path) -> None:
     python = install_command(place, ["torchrun", "--nproc_per_node", "2", "own.py"])
     with pytest.raises(UsageError, match="starts 2 processes"):
