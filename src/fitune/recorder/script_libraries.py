@@ -106,10 +106,34 @@ def models_of_configs(
         finally:
             torch.set_default_dtype(before)
         model.eval()
-        place = options.get("device_map")
-        return model.to("cuda") if has_card and place not in (None, "cpu") else model
+        if has_card and options.get("device_map") not in (None, "cpu"):
+            _load_onto_card(model, warms_up=hasattr(modeling, "caching_allocator_warmup"))
+        return model
 
     return patch.object(modeling.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+
+
+def _load_onto_card(model: torch.nn.Module, *, warms_up: bool) -> None:
+    """Move the model as transformers loads weights onto a card, which makes other segments.
+
+    Source: modeling_utils.py, caching_allocator_warmup, and core_model_loading.py.
+
+    warms_up: whether one allocation of the size of all weights comes first.
+    """
+    # a tied weight is stored under the first of its names
+    named = reversed(model.state_dict(keep_vars=True).items())
+    weights = {id(weight): (name, weight) for name, weight in named}
+    if warms_up:
+        num_bytes = sum(weight.nbytes for _, weight in weights.values())
+        torch.empty(num_bytes // 2, dtype=torch.float16, device="cuda")
+    for _, weight in sorted(weights.values(), key=lambda named: _natural_key(named[0])):
+        weight.data = weight.data.to("cuda")
+    model.to("cuda")
+
+
+def _natural_key(name: str) -> list[tuple[str, int]]:
+    """Sort layers.2 before layers.10."""
+    return [("", int(part)) if part.isdigit() else (part, 0) for part in name.split(".")]
 
 
 #: Arguments of from_pretrained that are no settings of the model's configuration
