@@ -75,7 +75,7 @@ class Steps:
 def _difference(words: Sequence[str], ends: Sequence[int]) -> list[str]:
     """Return the peaks that are predicted of the same command, and what differs from this card's record."""
     from fitune.allocator.prediction import PredictSettings, predict_trace
-    from fitune.planning.script import card_of, read_script_command, record_command
+    from fitune.planning.script import Rows, card_of, read_script_command, record_command
     from fitune.recorder.events import MemoryTrace
     from rehearsal.difference import first_difference
     from rehearsal.explain import explain
@@ -84,7 +84,9 @@ def _difference(words: Sequence[str], ends: Sequence[int]) -> list[str]:
     measured = MemoryTrace(tuple(_events(torch.cuda.memory._snapshot(), ends)))
     device = card_of(CARDS[os.environ["FAKE_CARD"]])
     command = read_script_command([sys.executable, *words])
-    predicted = record_command(command, device, num_steps=len(ends))
+    # the longest samples are not those that the script has run on
+    rows: Rows = "as-they-come"
+    predicted = record_command(command, device, num_steps=len(ends), rows=rows)
     prediction = predict_trace(predicted, PredictSettings(device=device))
     return [
         f"predicted {prediction.peak_allocated_bytes:,} {prediction.peak_reserved_bytes:,}",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
@@ -101,6 +102,36 @@ def test_a_script_of_the_trainer_is_predicted_with_its_longest_samples(place: Pa
     assert "tiny: built from its configuration, no weights are read" in found.assumptions
     assert found.categories["workspace"] > 0
     assert sorted(place.rglob("*")) == before
+
+
+ONTO_CARD = """
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("medium", device_map="auto")
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(9):
+    ids = torch.ones(2, 256, dtype=torch.long, device="cuda")
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_model_that_is_loaded_onto_the_card_reserves_what_it_does_on_the_rehearsed_one(
+    place: Path,
+) -> None:
+    """transformers makes one segment for all weights. Rehearsed as above, with weights there."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    config.save_pretrained(place / "medium")
+    found = predict(place, write(place, ONTO_CARD))
+    assert (found.peak_allocated_bytes, found.peak_reserved_bytes) == (846_199_808, 887_095_296)
 
 
 def test_what_is_compiled_is_an_upper_bound(place: Path) -> None:

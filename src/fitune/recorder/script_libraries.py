@@ -106,29 +106,40 @@ def models_of_configs(
         finally:
             torch.set_default_dtype(before)
         model.eval()
-        if has_card and options.get("device_map") not in (None, "cpu"):
-            _load_onto_card(model, warms_up=hasattr(modeling, "caching_allocator_warmup"))
+        place = options.get("device_map")
+        if has_card and place not in (None, "cpu"):
+            warms_up = hasattr(modeling, "caching_allocator_warmup")
+            _load_onto_card(model, warms_up=warms_up, is_planned=isinstance(place, str))
         return model
 
     return patch.object(modeling.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
 
 
-def _load_onto_card(model: torch.nn.Module, *, warms_up: bool) -> None:
+def _load_onto_card(model: torch.nn.Module, *, warms_up: bool, is_planned: bool) -> None:
     """Move the model as transformers loads weights onto a card, which makes other segments.
 
-    Source: modeling_utils.py, caching_allocator_warmup, and core_model_loading.py.
+    Sources: modeling_utils.py, caching_allocator_warmup, core_model_loading.py, and get_max_memory
+    of accelerate.
 
-    warms_up: whether one allocation of the size of all weights comes first.
+    warms_up: whether one allocation of the size of all weights comes first
+    is_planned: whether accelerate asks the card for its memory, as with device_map="auto"
     """
     # a tied weight is stored under the first of its names
     named = reversed(model.state_dict(keep_vars=True).items())
     weights = {id(weight): (name, weight) for name, weight in named}
     if warms_up:
         num_bytes = sum(weight.nbytes for _, weight in weights.values())
+        if is_planned:
+            torch.tensor([0], device="cuda")
+            # what is left of the segment counts as there already
+            num_bytes -= min(_SMALL_SEGMENT_BYTES, num_bytes)
         torch.empty(num_bytes // 2, dtype=torch.float16, device="cuda")
     for _, weight in sorted(weights.values(), key=lambda named: _natural_key(named[0])):
         weight.data = weight.data.to("cuda")
     model.to("cuda")
+
+
+_SMALL_SEGMENT_BYTES = 2**21
 
 
 def _natural_key(name: str) -> list[tuple[str, int]]:
