@@ -120,7 +120,7 @@ def main() -> None:
             sys.argv, sys.path[0] = words[1:], os.getcwd()
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
+            sys.argv, sys.path[0] = [*words], str(Path(words[0]).resolve().parent)
             runpy.run_path(words[0], run_name="__main__")
     steps.end()
     steps.show()

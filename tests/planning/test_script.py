@@ -134,6 +134,19 @@ def test_a_model_that_is_loaded_onto_the_card_reserves_what_it_does_on_the_rehea
     assert (found.peak_allocated_bytes, found.peak_reserved_bytes) == (846_199_808, 887_095_296)
 
 
+PAGED = STEP.replace(
+    "torch.optim.SGD(model.parameters(), 0.1)",
+    "__import__('bitsandbytes').optim.PagedAdamW8bit(model.parameters())",
+).replace("64", "1024")
+
+
+def test_the_state_of_a_paged_optimizer_takes_nothing_of_the_card(place: Path) -> None:
+    """Rehearsed as above."""
+    pytest.importorskip("bitsandbytes")
+    found = predict(place, write(place, PAGED))
+    assert (found.peak_allocated_bytes, found.peak_reserved_bytes) == (25_541_632, 44_040_192)
+
+
 def test_what_is_compiled_is_an_upper_bound(place: Path) -> None:
     words = ["chat_trainer.py", "--compile", "--width", "8192", "--layers", "8"]
     found = predict(place, *words, num_steps=1)

@@ -59,6 +59,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
                     "transformers.utils.import_utils": _card_is_asked_each_time,
                     "transformers.generation.utils": _generation_of_trainers,
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
+                    "bitsandbytes.functional": _state_in_managed_memory,
                     "evaluate": lambda module: _metrics_of_hub(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
@@ -200,6 +201,19 @@ def _metrics_of_hub(evaluate: ModuleType, note: Note) -> AbstractContextManager[
             return _Anything(path)
 
     return patch.object(evaluate, "load", load_or_nothing)
+
+
+def _state_in_managed_memory(module: Any) -> AbstractContextManager[object]:
+    """Let paged optimizers have their state on the host: PyTorch's allocator never sees it."""
+
+    def get_paged(*shape: int, dtype: torch.dtype, **_: object) -> Any:
+        state: Any = torch.zeros(shape, dtype=dtype, device="cpu")
+        state.is_paged, state.page_deviceid = True, 0
+        return state
+
+    def nothing(*_: object, **__: object) -> None: ...
+
+    return patch.multiple(module, get_paged=get_paged, fill=nothing, prefetch_tensor=nothing)
 
 
 def _hub_kernel(name: str, note: Note) -> object:
