@@ -37,6 +37,17 @@ class Steps:
         self.peaks: list[tuple[int, int]] = []
         self.ends: list[int] = []
         self.has_updated, self.began, self.depth = False, False, 0
+        self.highest = (0, 0)
+        self.reset = torch.cuda.memory.reset_peak_memory_stats
+
+    def reset_by_script(self, *arguments: Any) -> None:
+        """Stand for the function of this name: a script may log the peaks of its own steps."""
+        self.highest = self.highest_so_far()
+        self.reset(*arguments)
+
+    def highest_so_far(self) -> tuple[int, int]:
+        now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return max(now[0], self.highest[0]), max(now[1], self.highest[1])
 
     def before_forward(self, *_: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
@@ -48,8 +59,8 @@ class Steps:
             self.end()
         elif self.explained:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=MOST_ACTIONS)
-        self.began, self.has_updated = True, False
-        torch.cuda.reset_peak_memory_stats()
+        self.began, self.has_updated, self.highest = True, False, (0, 0)
+        self.reset()
 
     def after_forward(self, *_: Any) -> None:
         if torch._C._current_graph_task_id() == -1:
@@ -59,7 +70,7 @@ class Steps:
         self.has_updated = True
 
     def end(self) -> None:
-        self.peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+        self.peaks.append(self.highest_so_far())
         if self.explained:
             self.ends.append(len(torch.cuda.memory._snapshot()["device_traces"][0]))
         if len(self.peaks) == self.num_wanted:
@@ -115,6 +126,8 @@ def main() -> None:
     register_module_forward_pre_hook(steps.before_forward)
     register_module_forward_hook(steps.after_forward, always_call=True)
     register_optimizer_step_post_hook(steps.after_update)
+    for module in (torch.cuda, torch.cuda.memory):
+        setattr(module, "reset_peak_memory_stats", steps.reset_by_script)  # noqa: B010
     with answers(truth=options.truth, selected=options.selected):
         if words[0] == "-m":
             sys.argv, sys.path[0] = words[1:], os.getcwd()

@@ -154,6 +154,28 @@ def test_what_is_compiled_is_an_upper_bound(place: Path) -> None:
     assert any("torch.compile is not predicted" in each for each in found.assumptions)
 
 
+def test_what_is_compiled_and_not_called_changes_nothing(place: Path) -> None:
+    compiled = "import torch\n@torch.compile(dynamic=True)\ndef double(x):\n    return 2 * x\n"
+    found = predict(place, write(place, compiled + STEP), num_steps=1)
+    assert found.fits
+    assert not any("torch.compile" in each for each in found.assumptions)
+    called = STEP.replace("model(torch", "double(model(torch").replace(").sum", ")).sum")
+    found = predict(place, write(place, compiled + called), num_steps=1)
+    assert found.fits
+    assert any("torch.compile" in each for each in found.assumptions)
+
+
+def test_a_directory_that_a_script_makes_is_there_for_it(place: Path) -> None:
+    code = (
+        "import os\nos.makedirs('made/inside')\nassert os.statvfs('made/inside').f_namemax\n"
+        "import datasets\nrows = datasets.Dataset.from_list([{'a': 1}])\n"
+        "rows.save_to_disk('made/rows')\nassert len(datasets.load_from_disk('made/rows'))\n"
+        "os.chdir('made/inside')\nopen('x', 'w').write('1')\nassert open('x').read() == '1'\n"
+    )
+    assert predict(place, write(place, code + STEP)).fits
+    assert not (place / "made").exists()
+
+
 def test_a_notebook_is_predicted_by_its_cells(place: Path) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# training"]},
