@@ -43,7 +43,6 @@ _DEVICE_OF = torch.ops.prim.device.default
 _ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
 #: Operators that are transfers where they read from one device and write to the other.
 _COPIES = ("aten.copy_", "aten.clone", "aten._to_copy")
-#: Where a new storage lies.
 Place = Literal["host", "card"]
 
 
@@ -76,10 +75,7 @@ class Recorder(TorchDispatchMode):
     # ---- called by whoever runs the loop ----
 
     def load(self, model: torch.nn.Module) -> None:
-        """Record the model's parameters and buffers, in the model's order.
-
-        Called again after the loop's setup, which may move them.
-        """
+        """Record the model's parameters and buffers, in its order; again after they were moved."""
         self._tracker.name_modules(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             storage = self._record_storage(tensor, "load", name.rpartition(".")[0])
