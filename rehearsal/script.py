@@ -40,7 +40,7 @@ class Steps:
         self.highest = (0, 0)
         self.reset = torch.cuda.memory.reset_peak_memory_stats
 
-    def reset_by_script(self, *arguments: Any) -> None:
+    def reset_by_script(self, *arguments: torch.device) -> None:
         """Stand for the function of this name: a script may log the peaks of its own steps."""
         self.highest = self.highest_so_far()
         self.reset(*arguments)

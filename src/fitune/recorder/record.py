@@ -310,17 +310,9 @@ def _without_compilation() -> Iterator[list[Any]]:
             return compile_function
         if isinstance(function, nn.Module):
             ignored.append(function)
-        # what is compiled when a library is imported need not be a part of the step
-        if isinstance(function, nn.Module) or is_library_import():
             return function
-
-        @functools.wraps(function)
-        def call(*args: object, **kwargs: object) -> object:
-            if not ignored:
-                ignored.append(function)
-            return function(*args, **kwargs)
-
-        return call
+        # what is compiled when a library is imported need not be a part of the step
+        return function if is_library_import() else _noted_once_called(function, ignored)
 
     def compile_module(module: nn.Module, *_: Any, **__: object) -> None:
         ignored.append(module)
@@ -340,6 +332,18 @@ def _without_compilation() -> Iterator[list[Any]]:
                 patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True)
             )
         yield ignored
+
+
+def _noted_once_called(function: Callable[..., object], noted: list[object]) -> object:
+    """Return the function, which is put into the list at its first call."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        if not noted:
+            noted.append(function)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -117,7 +118,7 @@ class ScratchFiles:
             self._place(path, False), *arguments, **options
         )
 
-    def _mapped(self, pyarrow: Any) -> AbstractContextManager[object]:
+    def _mapped(self, pyarrow: ModuleType) -> AbstractContextManager[object]:
         """Let Arrow, which opens files without Python, find the scratch directory."""
         return patch.object(pyarrow, "memory_map", self._reading(pyarrow.memory_map))
 

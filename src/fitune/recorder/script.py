@@ -93,8 +93,7 @@ def record_script(
             notes = [*noted]
             if files.written:
                 notes.append("what the script saves is not kept")
-            if ends.updates_by_hand:
-                notes.append("assumed: the script updates its parameters where it clears gradients")
+            notes += ends.assumptions()
             models = ends.models.values()
             _refuse_processor(recorder, models)
             if compiled or any(is_compiled(model) for model in models):

@@ -203,10 +203,10 @@ def _metrics_of_hub(evaluate: ModuleType, note: Note) -> AbstractContextManager[
     return patch.object(evaluate, "load", load_or_nothing)
 
 
-def _state_in_managed_memory(module: Any) -> AbstractContextManager[object]:
+def _state_in_managed_memory(module: ModuleType) -> AbstractContextManager[object]:
     """Let paged optimizers have their state on the host: PyTorch's allocator never sees it."""
 
-    def get_paged(*shape: int, dtype: torch.dtype, **_: object) -> Any:
+    def get_paged(*shape: int, dtype: torch.dtype, **_: object) -> object:
         state: Any = torch.zeros(shape, dtype=dtype, device="cpu")
         state.is_paged, state.page_deviceid = True, 0
         return state

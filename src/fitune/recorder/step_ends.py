@@ -68,6 +68,12 @@ class StepEnds:
             forward.remove()
             update.remove()
 
+    def assumptions(self) -> list[str]:
+        """Return what was assumed of the ends of the steps."""
+        if not self.updates_by_hand:
+            return []
+        return ["assumed: the script updates its parameters where it clears gradients"]
+
     def end(self) -> None:
         """End the step that runs, where the script has ended by itself."""
         if self._number and not self._is_done:
