@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
@@ -103,11 +104,76 @@ def test_a_script_of_the_trainer_is_predicted_with_its_longest_samples(place: Pa
     assert sorted(place.rglob("*")) == before
 
 
+ONTO_CARD = """
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("medium", device_map="auto")
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(9):
+    ids = torch.ones(2, 256, dtype=torch.long, device="cuda")
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_model_that_is_loaded_onto_the_card_reserves_what_it_does_on_the_rehearsed_one(
+    place: Path,
+) -> None:
+    """transformers makes one segment for all weights. Rehearsed as above, with weights there."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    config.save_pretrained(place / "medium")
+    found = predict(place, write(place, ONTO_CARD))
+    assert (found.peak_allocated_bytes, found.peak_reserved_bytes) == (846_199_808, 887_095_296)
+
+
+PAGED = STEP.replace(
+    "torch.optim.SGD(model.parameters(), 0.1)",
+    "__import__('bitsandbytes').optim.PagedAdamW8bit(model.parameters())",
+).replace("64", "1024")
+
+
+def test_the_state_of_a_paged_optimizer_takes_nothing_of_the_card(place: Path) -> None:
+    """Rehearsed as above."""
+    pytest.importorskip("bitsandbytes")
+    found = predict(place, write(place, PAGED))
+    assert (found.peak_allocated_bytes, found.peak_reserved_bytes) == (25_541_632, 44_040_192)
+
+
 def test_what_is_compiled_is_an_upper_bound(place: Path) -> None:
     words = ["chat_trainer.py", "--compile", "--width", "8192", "--layers", "8"]
     found = predict(place, *words, num_steps=1)
     assert found.fits is None
     assert any("torch.compile is not predicted" in each for each in found.assumptions)
+
+
+def test_what_is_compiled_and_not_called_changes_nothing(place: Path) -> None:
+    compiled = "import torch\n@torch.compile(dynamic=True)\ndef double(x):\n    return 2 * x\n"
+    found = predict(place, write(place, compiled + STEP), num_steps=1)
+    assert found.fits
+    assert not any("torch.compile" in each for each in found.assumptions)
+    called = STEP.replace("model(torch", "double(model(torch").replace(").sum", ")).sum")
+    found = predict(place, write(place, compiled + called), num_steps=1)
+    assert found.fits
+    assert any("torch.compile" in each for each in found.assumptions)
+
+
+def test_a_directory_that_a_script_makes_is_there_for_it(place: Path) -> None:
+    code = (
+        "import os\nos.makedirs('made/inside')\nassert os.statvfs('made/inside').f_namemax\n"
+        "import datasets\nrows = datasets.Dataset.from_list([{'a': 1}])\n"
+        "rows.save_to_disk('made/rows')\nassert len(datasets.load_from_disk('made/rows'))\n"
+        "os.chdir('made/inside')\nopen('x', 'w').write('1')\nassert open('x').read() == '1'\n"
+    )
+    assert predict(place, write(place, code + STEP)).fits
+    assert not (place / "made").exists()
 
 
 def test_a_notebook_is_predicted_by_its_cells(place: Path) -> None:
@@ -121,9 +187,17 @@ def test_a_notebook_is_predicted_by_its_cells(place: Path) -> None:
     assert [step.step for step in found.step_peaks] == [1, 2, 3]
 
 
+def test_a_script_that_updates_its_parameters_by_hand_is_predicted(place: Path) -> None:
+    by_hand = "for p in model.parameters():\n        p.data.add_(p.grad, alpha=-1)"
+    code = STEP.replace("optimizer.step()", by_hand).replace("optimizer.zero", "model.zero")
+    found = predict(place, write(place, code), num_steps=3)
+    assert [step.step for step in found.step_peaks] == [1, 2, 3]
+    assert any("updates its parameters where it clears" in line for line in found.assumptions)
+
+
 REFUSED = {
     "no step": (
-        STEP.replace("optimizer.step()", "pass"),
+        STEP.replace("optimizer.step()", "pass").replace("optimizer.zero_grad()", "pass"),
         r"own.py ended after 9 forward passes without an optimizer.step\(\)",
     ),
     "fails": (
@@ -223,6 +297,39 @@ def test_what_the_command_of_a_trainer_starts_is_predicted_in_its_place(place: P
     python = install_command(place, launch)
     found = predict(place, "tune", python=python)
     assert found.categories["parameter"] == (128 * 128 + 128) * 4
+
+
+BEFORE = """
+import os, subprocess, sys
+for start in (lambda words: subprocess.check_output(words, cwd="data", text=True), WITH_SHELL):
+    assert start([sys.executable, "prepare.py"]).count("prepared") == 1
+assert open("data/width.txt").read() == "64"
+"""
+
+
+def test_a_script_that_prepares_its_data_in_a_process_of_its_own_trains_after_it(
+    place: Path,
+) -> None:
+    """What such a process writes is found by the script, and stays no longer than it does."""
+    (place / "data").mkdir()
+    (place / "data" / "prepare.py").write_text(
+        "open('width.txt', 'w').write('64')\nprint('prepared')\n"
+    )
+    with_shell = "lambda words: 'prepared' * (os.system(f'X=1 {words[0]} data/prepare.py') == 0)"
+    found = predict(place, write(place, BEFORE.replace("WITH_SHELL", with_shell) + STEP))
+    assert found.categories["parameter"] == 64 * 64 * 4 + 512  # blocks of 512 bytes
+    assert [path.name for path in (place / "data").iterdir()] == ["prepare.py"]
+
+
+def test_a_process_that_a_script_starts_and_that_fails_is_named(place: Path) -> None:
+    (place / "prepare.py").write_text("open('absent.txt')")
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, 'prepare.py'])\n"
+    with pytest.raises(UsageError, match=r"needs absent.txt at prepare.py:1"):
+        predict(place, write(place, code + STEP))
+    (place / "prepare.py").write_text("")
+    code = "import os, sys\nos.execv(sys.executable, [sys.executable, 'prepare.py'])\n"
+    with pytest.raises(UsageError, match=r"prepare.py ended after 0 forward passes"):
+        predict(place, write(place, code + STEP))
 
 
 def test_a_command_that_starts_several_processes_is_refused(place: Path) -> None:

@@ -65,6 +65,7 @@ def test_what_a_script_makes_of_a_sample_is_made_of_all(monkeypatch: pytest.Monk
         )
         many = rows.map(lambda batch: {"n": [len(text) for text in batch["text"]]}, batched=True)
     assert isinstance(rows, datasets.Dataset)
+    assert list(rows.features) == rows.column_names == ["text"]  # scripts take the first
     assert one[7]["ids"][1] == len(LONG_TEXT) > one[7]["ids"][0]
     assert many[NUM_SAMPLES - 1] == {"n": len(LONG_TEXT)}
 

@@ -206,6 +206,23 @@ def test_a_storage_resized_in_place_dies_and_is_born_again() -> None:
     assert sizes == [16, -16, 64, -64]
 
 
+def test_an_operator_with_an_output_of_its_own_allocates_nothing() -> None:
+    """Also when it is called again, and its result is remembered."""
+
+    def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
+        x = torch.ones(WIDTH, WIDTH, device=device)
+        tile = torch.empty(WIDTH, WIDTH, device=device)
+
+        def step() -> None:
+            for _ in range(3):
+                torch.mm(x, x, out=tile)
+
+        return step
+
+    of_products = [event for event in record(loop).events if event.op == "aten.mm.out"]
+    assert {event.category for event in of_products} == {"workspace"}
+
+
 def test_a_model_converted_by_the_loop_keeps_its_parameters() -> None:
     def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
         optimizer = torch.optim.SGD(model.parameters())

@@ -34,6 +34,7 @@ SCRIPTS: dict[str, str] = {
     "give it a smaller batch with more gradient accumulation, shorter samples or gradient checkpointing, or a larger card": "请用更小的批加更多的梯度累积、更短的样本或梯度检查点，或换更大的显卡",
     "recorded {count} optimizer steps of the script itself": "录制了脚本自身的 {count} 个优化步",
     "what the script saves is not kept": "脚本保存的内容不保留",
+    "assumed: the script updates its parameters where it clears gradients": "假设：脚本在清除梯度时更新参数",
     "passes without gradients on equal shapes are recorded twice, others skipped": "形状相同的无梯度前向只录制两次，其余跳过",
     "assumed: {path}, which is not here, holds weights that fit the model": "假设：{path} 不在这里，当作它里面是与模型相符的权重",
     "assumed: {path}, which is not here, holds {count:n} tokens": "假设：{path} 不在这里，当作它有 {count} 个 token",

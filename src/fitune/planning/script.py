@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from fitune.machine.devices import find_device, this_machine
 from fitune.planning.launchers import LAUNCHER_MODULES, LAUNCHERS, after_launcher
 from fitune.recorder.child import BOOT
 from fitune.recorder.events import ALLOCATOR, MemoryTrace
+from fitune.recorder.launches import LAUNCH_FILES, NoStepError
 from fitune.recorder.recording import RecordedEvents
 from fitune.recorder.transfer import read_recording
 
@@ -214,17 +215,7 @@ def record_command(
             "scratch": str(scratch),
             "result": str(scratch / "recording.npz"),
         }
-        environment: Mapping[str, str] = os.environ
-        for _ in range(_MOST_LAUNCHES):
-            launched = _run(command, directory, environment, request, python)
-            if isinstance(launched, MemoryTrace):
-                return launched
-            command = read_script_command(launched["words"])
-            directory, environment = Path(launched["directory"]), launched["environment"]
-        raise UsageError(
-            f"the command starts another one, and so on {_MOST_LAUNCHES} times: give the script "
-            "that trains"
-        )
+        return _run(command, directory, os.environ, request, python)
 
 
 def _run(
@@ -233,31 +224,57 @@ def _run(
     environment: Mapping[str, str],
     request: dict[str, Any],
     python: str | None,
-) -> MemoryTrace | dict[str, Any]:
-    """Return what was recorded of the command, or the command that it starts in its place."""
-    scratch = Path(request["scratch"])
+    num_launches: int = 0,
+) -> MemoryTrace:
+    """Return what was recorded of the command, or of the one that it starts.
+
+    num_launches: how many commands, one started by the other, have led to this one
+    """
+    if num_launches == _MOST_LAUNCHES:
+        raise UsageError(
+            f"the command starts another one, and so on {_MOST_LAUNCHES} times: give the script "
+            "that trains"
+        )
+    scratch, result = Path(request["scratch"]), Path(request["result"])
     name, interpreter = _find_script(command, directory, scratch, python)
     request |= {"name": name, "is_module": command.is_module, "arguments": command.arguments}
     (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    output = scratch / "output.txt"
+    output = scratch / f"output{num_launches}.txt"
     arguments = [interpreter, "-c", BOOT, str(_DIRECTORY), str(scratch / "request.json")]
-    with output.open("wb") as written:
-        code = _wait(
+    launch, answer = (result.with_name(f"{result.name}.{name}") for name in LAUNCH_FILES)
+    with (
+        output.open("wb") as written,
+        _started(
             arguments,
             directory,
             _environment(environment, command, scratch),
             None if is_debugging() else written,
-        )
-    launch = scratch / "recording.npz.launch"
-    if launch.exists():
-        launched: dict[str, Any] = json.loads(launch.read_text(encoding="utf-8"))
-        launch.unlink()
-        return launched
-    return _read_result(scratch, code, output, interpreter)
+        ) as process,
+    ):
+        while not _has_ended(process):
+            if not launch.exists():
+                continue
+            started = json.loads(launch.read_text(encoding="utf-8"))
+            launch.unlink()
+            try:
+                return _run(
+                    read_script_command(started["words"]),
+                    Path(started["directory"]),
+                    started["environment"],
+                    request,
+                    python,
+                    num_launches + 1,
+                )
+            except NoStepError:
+                if started["replaces"]:
+                    raise
+                answer.write_text(str(scratch / f"output{num_launches + 1}.txt"), encoding="utf-8")
+    return _read_result(scratch, process.returncode, output, interpreter)
 
 
 #: A command of a trainer may start accelerate, which starts Python
 _MOST_LAUNCHES = 4
+_ASKS_EVERY_SECONDS = 0.05
 _DIRECTORY = Path(__file__).parent.parent
 
 
@@ -339,8 +356,11 @@ def _environment(
     return variables | dict(command.variables) | _OFFLINE | caches | {"TMPDIR": str(scratch)}
 
 
-def _wait(arguments: list[str], directory: Path, environment: dict[str, str], output: Any) -> int:
-    """Run the process and return its exit code; end it where this process is interrupted."""
+@contextlib.contextmanager
+def _started(
+    arguments: list[str], directory: Path, environment: dict[str, str], output: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the process, and end it where this block ends before it."""
     try:
         process = subprocess.Popen(
             arguments,
@@ -354,12 +374,21 @@ def _wait(arguments: list[str], directory: Path, environment: dict[str, str], ou
     except OSError as error:
         raise UsageError(f"{arguments[0]} cannot be started: {error.strerror}") from error
     try:
-        return process.wait()
+        yield process
     finally:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Wait a moment for the process to end."""
+    try:
+        process.wait(_ASKS_EVERY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _read_result(scratch: Path, code: int, output: Path, python: str) -> MemoryTrace:
@@ -373,7 +402,10 @@ def _read_result(scratch: Path, code: int, output: Path, python: str) -> MemoryT
     said = f". It printed: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""
     if error.exists():
         met = json.loads(error.read_text(encoding="utf-8"))
+        error.unlink()
         message = met["message"] + (said if met["shows_output"] else "")
+        if met["has_ended"]:
+            raise NoStepError(message)
         kind = getattr(errors, met["kind"], UnexpectedError)
         raise kind(message) if issubclass(kind, FituneError) else UsageError(message)
     ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

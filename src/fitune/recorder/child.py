@@ -8,13 +8,14 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fitune.boundary import is_debugging
 from fitune.errors import FituneError, UsageError
-from fitune.recorder.launches import Launch
+from fitune.recorder.launches import LAUNCH_FILES, Launch, NoStepError
 
 #: Python code that starts this process with (directory of fitune, file of the request)
 BOOT = """
@@ -28,6 +29,7 @@ spec.loader.exec_module(module)
 from fitune.recorder.child import main
 main(request)
 """
+_ASKS_EVERY_SECONDS = 0.02
 #: The oldest PyTorch in which scripts are recorded
 OLDEST_TORCH = (2, 6)
 
@@ -37,7 +39,8 @@ def main(request_path: str) -> None:
 
     The request is JSON: the fields of `ScriptSettings` and "result", the path of the recording. An
     error is written as JSON to the same path with ".error" behind it, and a command that the script
-    starts in its place with ".launch".
+    starts in its place with ".launch". If the command has made no step, this process finds the path
+    of its output in ".launched", and goes on.
     """
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     result = Path(request.pop("result"))
@@ -50,7 +53,10 @@ def main(request_path: str) -> None:
             error,
             f"the script called sys.exit({exit_.code!r}) before its first optimizer step",
             shows_output=True,
+            has_ended=exit_.code in (None, 0),
         )
+    except NoStepError as reason:
+        _write(error, str(reason), has_ended=True)
     except BaseException as reason:
         if is_debugging():
             traceback.print_exc()
@@ -83,10 +89,17 @@ def _record(request: dict[str, Any], result: Path) -> None:
     from fitune.recorder.script import ScriptSettings, record_script
     from fitune.recorder.transfer import write_recording
 
-    def follow(launch: Launch) -> NoReturn:
-        content = json.dumps(dataclasses.asdict(launch))
-        result.with_name(result.name + ".launch").write_text(content, encoding="utf-8")
-        os._exit(0)
+    def follow(launch: Launch) -> Path:
+        asked, answer = (result.with_name(f"{result.name}.{name}") for name in LAUNCH_FILES)
+        whole = asked.with_suffix(".part")
+        whole.write_text(json.dumps(dataclasses.asdict(launch)), encoding="utf-8")
+        whole.rename(asked)
+        # whoever reads it ends this process if the command makes a step
+        while not answer.exists():
+            time.sleep(_ASKS_EVERY_SECONDS)
+        output = Path(answer.read_text(encoding="utf-8"))
+        answer.unlink()
+        return output
 
     target = request.pop("target")
     target["compute_capability"] = tuple(target["compute_capability"])
@@ -104,7 +117,17 @@ def _record(request: dict[str, Any], result: Path) -> None:
 
 
 def _write(
-    path: Path, message: str, kind: str = "UsageError", *, shows_output: bool = False
+    path: Path,
+    message: str,
+    kind: str = "UsageError",
+    *,
+    shows_output: bool = False,
+    has_ended: bool = False,
 ) -> None:
-    content = {"kind": kind, "message": message, "shows_output": shows_output}
+    content = {
+        "kind": kind,
+        "message": message,
+        "shows_output": shows_output,
+        "has_ended": has_ended,
+    }
     path.write_text(json.dumps(content), encoding="utf-8")

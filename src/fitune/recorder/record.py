@@ -6,6 +6,7 @@ behaves meanwhile as if it used CUDA. The same recorder runs on real CPU tensors
 Tests check that its events are equal to those of fake tensors.
 """
 
+import functools
 import gc
 import re
 import sys
@@ -307,10 +308,11 @@ def _without_compilation() -> Iterator[list[Any]]:
     def compile_function(function: Any = None, **_: object) -> object:
         if function is None:
             return compile_function
-        # what a library compiles when it is imported need not be a part of the step
-        if not is_library_import():
+        if isinstance(function, nn.Module):
             ignored.append(function)
-        return function
+            return function
+        # what is compiled when a library is imported need not be a part of the step
+        return function if is_library_import() else _noted_once_called(function, ignored)
 
     def compile_module(module: nn.Module, *_: Any, **__: object) -> None:
         ignored.append(module)
@@ -330,6 +332,18 @@ def _without_compilation() -> Iterator[list[Any]]:
                 patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True)
             )
         yield ignored
+
+
+def _noted_once_called(function: Callable[..., object], noted: list[object]) -> object:
+    """Return the function, which is put into the list at its first call."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        if not noted:
+            noted.append(function)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def is_compiled(model: nn.Module) -> bool:

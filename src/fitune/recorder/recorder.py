@@ -43,7 +43,6 @@ _DEVICE_OF = torch.ops.prim.device.default
 _ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
 #: Operators that are transfers where they read from one device and write to the other.
 _COPIES = ("aten.copy_", "aten.clone", "aten._to_copy")
-#: Where a new storage lies.
 Place = Literal["host", "card"]
 
 
@@ -68,16 +67,15 @@ class Recorder(TorchDispatchMode):
         self._saved_candidates: list[RecordedStorage] = []
         #: Ids of the parameters that report when their gradient is complete.
         self._hooked: set[int] = set()
+        #: Whether a backward of this step has completed a gradient.
+        self.has_gradients = False
         #: Where new storages lie; None: where the operator's inputs lie.
         self._placing: Place | None = None
 
     # ---- called by whoever runs the loop ----
 
     def load(self, model: torch.nn.Module) -> None:
-        """Record the model's parameters and buffers, in the model's order.
-
-        Called again after the loop's setup, which may move them, and for a copy that it has made.
-        """
+        """Record the model's parameters and buffers, in its order; again for a copy, or after a move."""
         self._tracker.name_modules(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             storage = self._record_storage(tensor, "load", module := name.rpartition(".")[0])
@@ -89,6 +87,7 @@ class Recorder(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)
 
     def begin_step(self, step: int) -> None:
+        self.has_gradients = False
         self._tracker.begin_step(step)
 
     def savepoint(self) -> Savepoint:
@@ -459,6 +458,7 @@ class Recorder(TorchDispatchMode):
             self._saved_candidates.clear()
 
     def _mark_gradient(self, parameter: torch.Tensor) -> None:
+        self.has_gradients = True
         if parameter.grad is not None and (storage := self._find(parameter.grad)) is not None:
             storage.category = "gradient"
 

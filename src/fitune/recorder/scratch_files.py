@@ -11,10 +11,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
+
+from fitune.recorder.library_patches import when_imported
 
 #: Where a process writes without leaving anything behind
 _NO_FILES = ("/dev/", "/proc/")
@@ -49,7 +52,7 @@ class ScratchFiles:
             for module in (builtins, io):
                 stack.enter_context(patch.object(module, "open", open_file))
             stack.enter_context(patch.object(os, "open", open_descriptor))
-            for name in ("stat", "lstat", "access", "readlink"):
+            for name in ("stat", "lstat", "statvfs", "access", "readlink", "chdir"):
                 stack.enter_context(patch.object(os, name, self._reading(getattr(os, name))))
             for name in ("mkdir", "utime", "chmod", "truncate", "mkfifo"):
                 stack.enter_context(patch.object(os, name, self._making(getattr(os, name))))
@@ -63,6 +66,7 @@ class ScratchFiles:
                     os, "symlink", lambda of, at, *_, **__: symlink(of, self._place(at, True))
                 )
             )
+            stack.enter_context(when_imported({"pyarrow": self._mapped}))
             stack.enter_context(patch.object(os, "listdir", self._listing(os.listdir)))
             stack.enter_context(patch.object(os, "scandir", self._scanning(os.scandir)))
             yield
@@ -113,6 +117,10 @@ class ScratchFiles:
         return lambda path=".", *arguments, **options: call(
             self._place(path, False), *arguments, **options
         )
+
+    def _mapped(self, pyarrow: ModuleType) -> AbstractContextManager[object]:
+        """Let Arrow, which opens files without Python, find the scratch directory."""
+        return patch.object(pyarrow, "memory_map", self._reading(pyarrow.memory_map))
 
     def _making(self, call: Callable[..., Any]) -> Callable[..., object]:
         return lambda path, *arguments, **options: call(

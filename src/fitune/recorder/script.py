@@ -34,7 +34,7 @@ from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import ALLOCATOR, COMPILED
 from fitune.recorder.failures import explained
 from fitune.recorder.known_data import forget_data
-from fitune.recorder.launches import Follow, launches_followed
+from fitune.recorder.launches import Follow, NoStepError, launches_followed
 from fitune.recorder.library_patches import LIBRARIES, own_packages
 from fitune.recorder.patience import Patience
 from fitune.recorder.record import fake_tensors, is_compiled, process_as_recorded
@@ -93,6 +93,7 @@ def record_script(
             notes = [*noted]
             if files.written:
                 notes.append("what the script saves is not kept")
+            notes += ends.assumptions()
             models = ends.models.values()
             _refuse_processor(recorder, models)
             if compiled or any(is_compiled(model) for model in models):
@@ -144,7 +145,7 @@ def record_script(
             if ends.num_steps < 1:
                 raise UsageError(_failure(error, settings)) from error
         if ends.num_steps < 1:
-            raise UsageError(
+            raise NoStepError(
                 f"{_shown(settings)} ended after {ends.num_forwards} forward passes without an "
                 "optimizer.step() of torch.optim, by which fitune sees where a training step ends"
                 + _of_workers(workers.num_started)
@@ -224,7 +225,7 @@ def _failure(error: BaseException, settings: ScriptSettings) -> str:
             "get its configuration and tokenizer, without weights, or give --cwd the directory "
             "that the command is run in"
         )
-    cause = cause_of(error) if isinstance(error, Exception) else type(error).__name__
+    cause = cause_of(error).rstrip(".") if isinstance(error, Exception) else type(error).__name__
     return (
         f"the script stopped at {place} before its first optimizer step: {cause}; run it once "
         "without fitune to see whether its arguments and files are right, and with FITUNE_DEBUG=1 "

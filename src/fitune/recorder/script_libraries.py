@@ -59,6 +59,7 @@ def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
                     "transformers.utils.import_utils": _card_is_asked_each_time,
                     "transformers.generation.utils": _generation_of_trainers,
                     "transformers.modeling_utils": lambda module: models_of_configs(module, note),
+                    "bitsandbytes.functional": _state_in_managed_memory,
                     "evaluate": lambda module: _metrics_of_hub(module, note),
                     "kernels": lambda module: patch.object(
                         module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
@@ -107,9 +108,44 @@ def models_of_configs(
             torch.set_default_dtype(before)
         model.eval()
         place = options.get("device_map")
-        return model.to("cuda") if has_card and place not in (None, "cpu") else model
+        if has_card and place not in (None, "cpu"):
+            warms_up = hasattr(modeling, "caching_allocator_warmup")
+            _load_onto_card(model, warms_up=warms_up, is_planned=isinstance(place, str))
+        return model
 
     return patch.object(modeling.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+
+
+def _load_onto_card(model: torch.nn.Module, *, warms_up: bool, is_planned: bool) -> None:
+    """Move the model as transformers loads weights onto a card, which makes other segments.
+
+    Sources: modeling_utils.py, caching_allocator_warmup, core_model_loading.py, and get_max_memory
+    of accelerate.
+
+    warms_up: whether one allocation of the size of all weights comes first
+    is_planned: whether accelerate asks the card for its memory, as with device_map="auto"
+    """
+    # a tied weight is stored under the first of its names
+    named = reversed(model.state_dict(keep_vars=True).items())
+    weights = {id(weight): (name, weight) for name, weight in named}
+    if warms_up:
+        num_bytes = sum(weight.nbytes for _, weight in weights.values())
+        if is_planned:
+            torch.tensor([0], device="cuda")
+            # what is left of the segment counts as there already
+            num_bytes -= min(_SMALL_SEGMENT_BYTES, num_bytes)
+        torch.empty(num_bytes // 2, dtype=torch.float16, device="cuda")
+    for _, weight in sorted(weights.values(), key=lambda named: _natural_key(named[0])):
+        weight.data = weight.data.to("cuda")
+    model.to("cuda")
+
+
+_SMALL_SEGMENT_BYTES = 2**21
+
+
+def _natural_key(name: str) -> list[tuple[str, int]]:
+    """Sort layers.2 before layers.10."""
+    return [("", int(part)) if part.isdigit() else (part, 0) for part in name.split(".")]
 
 
 #: Arguments of from_pretrained that are no settings of the model's configuration
@@ -165,6 +201,19 @@ def _metrics_of_hub(evaluate: ModuleType, note: Note) -> AbstractContextManager[
             return _Anything(path)
 
     return patch.object(evaluate, "load", load_or_nothing)
+
+
+def _state_in_managed_memory(module: ModuleType) -> AbstractContextManager[object]:
+    """Let paged optimizers have their state on the host: PyTorch's allocator never sees it."""
+
+    def get_paged(*shape: int, dtype: torch.dtype, **_: object) -> object:
+        state: Any = torch.zeros(shape, dtype=dtype, device="cpu")
+        state.is_paged, state.page_deviceid = True, 0
+        return state
+
+    def nothing(*_: object, **__: object) -> None: ...
+
+    return patch.multiple(module, get_paged=get_paged, fill=nothing, prefetch_tensor=nothing)
 
 
 def _hub_kernel(name: str, note: Note) -> object:

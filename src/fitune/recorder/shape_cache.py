@@ -76,18 +76,19 @@ class ShapeMemory:
         """Return the operator's result, and the memory of such calls, None without one."""
         if not _is_by_shape(func):
             return func(*args, **kwargs), None
+        # an operator may return what it is given by name, as its `out`
+        values = (*args, *kwargs.values())
         try:
-            named = ((name, *_key((value,))) for name, value in kwargs.items())
-            key = id(func), *_key(args), _num_distinct(args), *named
+            key = id(func), *kwargs, len(args), *_key(values), _num_distinct(values)
             known = self._calls.get(key)
         # TypeError: an argument is not hashable
         except (_CannotRememberError, TypeError):
             return func(*args, **kwargs), None
         if known is None:
             result = func(*args, **kwargs)
-            known = self._calls[key] = Call(func, self._imitate(func, args, result))
+            known = self._calls[key] = Call(func, self._imitate(func, values, result))
             return result, known
-        return func(*args, **kwargs) if known.make is None else known.make(args), known
+        return func(*args, **kwargs) if known.make is None else known.make(values), known
 
     def _imitate(self, func: Operator, args: tuple[Any, ...], result: object) -> _Make | None:
         """Return how to make such a result from such arguments, None if it cannot be imitated."""

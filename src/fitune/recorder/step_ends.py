@@ -2,7 +2,8 @@
 
 A step ends with the last optimizer.step() before a forward, and the next one begins with this
 forward. So gradient accumulation and several optimizers count as the script has them, and
-evaluation belongs to the step that it precedes.
+evaluation belongs to the step that it precedes. A script that updates its parameters by hand has
+no optimizer.step(): its step ends where it has cleared the gradients of a backward.
 """
 
 import gc
@@ -40,6 +41,8 @@ class StepEnds:
         self._recorder, self._num_wanted = recorder, num_wanted
         self._done, self._give_up = done, give_up
         self._number, self._has_updated, self._is_done = 0, False, False
+        #: whether a step ended without an optimizer
+        self.updates_by_hand = False
         #: the models of the script, such as the trained one and a reference, by their ids
         self.models: dict[int, nn.Module] = {}
         self.num_forwards = 0
@@ -65,6 +68,12 @@ class StepEnds:
             forward.remove()
             update.remove()
 
+    def assumptions(self) -> list[str]:
+        """Return what was assumed of the ends of the steps."""
+        if not self.updates_by_hand:
+            return []
+        return ["assumed: the script updates its parameters where it clears gradients"]
+
     def end(self) -> None:
         """End the step that runs, where the script has ended by itself."""
         if self._number and not self._is_done:
@@ -80,10 +89,19 @@ class StepEnds:
         is_new = id(module) not in self.models and any(True for _ in module.parameters())
         if is_new:
             self.models[id(module)] = module
+        if self._recorder.has_gradients and not self._has_updated and not self._have_gradients():
+            self._has_updated = self.updates_by_hand = True
         if self._number == 0 or self._has_updated:
             self._begin_step()
         elif is_new:
             self._recorder.load(module)
+
+    def _have_gradients(self) -> bool:
+        return any(
+            parameter.grad is not None
+            for model in self.models.values()
+            for parameter in model.parameters()
+        )
 
     def _begin_step(self) -> None:
         if self._number:
