@@ -7,12 +7,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fitune.cli.output import Format, console, print_json, print_text, table, warn
-from fitune.cli.watch_screen import progress_fraction, seconds_left
+from fitune.cli.watch_screen import progress_of
 from fitune.language import say
 from fitune.language.printable import printable_line
 from fitune.run.directory import BEGIN_ONE, RunRecord, list_runs
 from fitune.run.follow import RunFollower, RunView
 from fitune.run.metrics import Summary, summary_json
+from fitune.run.progress import seconds_left
 from fitune.units import format_count, format_gib, format_seconds
 
 TAIL_BYTES = 2**18
@@ -88,7 +89,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
 
 def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
     """Return the row of a run whose metrics are newer than its summary."""
-    record, last, done = view.record, view.steps[-1], progress_fraction(view)
+    record, last, done = view.record, view.steps[-1], progress_of(view)
     is_on = record.state == "running"
     return (
         printable_line(record.run.name),
@@ -100,7 +101,9 @@ def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
         format_count(
             last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second
         ),
-        say("{time} left", time=format_seconds(seconds_left(view))) if is_on else _ago(record),
+        say("{time} left", time=format_seconds(seconds_left(record, view.samples)))
+        if is_on
+        else _ago(record),
     )
 
 

@@ -28,7 +28,8 @@ from fitune.report import tables
 from fitune.report.advice import advise
 from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Section, Series, pictures
 from fitune.report.compare import ComparedRun, Comparison
-from fitune.report.run_on_disk import EMBEDDED_ID, MAX_ANSWERS, MAX_EVENTS, RecordedRun, clip, embed
+from fitune.report.embedded import EMBEDDED_ID, MAX_ANSWERS, MAX_EVENTS, clip, embed
+from fitune.report.run_on_disk import RecordedRun
 from fitune.report.suggestion import Advice
 from fitune.report.verdicts import finite_loss, outcome, verdicts
 from fitune.run.files import OUTPUT_KEY, write_atomically
