@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fitune.report.page import page
 
 from fitune.cli.app import main
 from fitune.report.charts import pictures
 from fitune.report.compare import compare
 from fitune.report.embedded import read_report
-from fitune.report.page import page
 from fitune.report.verdicts import verdicts
 from fitune.run.directory import RunDirectory
 from fitune.run.files import write_json

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from disturbed_run import RUN, STEPS, UNDISTURBED, error_of, train, train_until, weights
+from fitune.board.offline import offline_page as page
 from fitune.cli.app import main
 from fitune.report.compare import compare
-from fitune.report.page import page
 from fitune.run.answers import read_answers
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal

@@ -97,6 +97,11 @@ def _short(value: float) -> float | None:
     return float(f"{value:.7g}") if np.isfinite(value) else None
 
 
+def thinned(run: RecordedRun, max_points: int) -> RecordedRun:
+    """Return the run as a report that contains it would give it back."""
+    return _unembed(embed(run, max_points=max_points))
+
+
 def read_report(path: Path) -> tuple[RecordedRun, ...]:
     """Return the runs that a report of fitune contains.
 
