@@ -6,12 +6,13 @@ hashes, and no requests.
 """
 
 import base64
+import gzip
 import hashlib
 import json
-from functools import cache
 from pathlib import Path
 
-from fitune.board.page import asset, document
+from fitune.board.page import asset, document, plotly_gz
+from fitune.language import choose_language
 from fitune.report.charts import MAX_POINTS
 from fitune.report.compare import Comparison
 from fitune.report.document import document as page_of_runs
@@ -20,7 +21,7 @@ from fitune.run.directory import OUTPUT_KEY, write_atomically
 
 #: the id of the element with the page of the runs as JSON
 PAGE_ID = "fitune-page"
-_SCRIPTS = ("plotly.js", "shell.js", "charts.js", "runs.js")
+_SCRIPTS = ("shell.js", "charts.js", "runs.js")
 _STYLES = ("board.css", "runs.css")
 
 
@@ -43,7 +44,7 @@ def offline_page(comparison: Comparison) -> str:
     # to be compared again; its curves have as many points over all runs as a chart
     most = max(MAX_POINTS // len(runs), 60)
     data = {"schema": 1, "runs": [embed(run, max_points=most) for run in runs]}
-    scripts = [_script(name) for name in _SCRIPTS]
+    scripts = [_inline(gzip.decompress(plotly_gz()).decode()), *map(_script, _SCRIPTS)]
     hashes = " ".join(f"'sha256-{_digest(text)}'" for text in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
@@ -61,19 +62,26 @@ def offline_page(comparison: Comparison) -> str:
         ),
         *(f"<script>{text}</script>" for text in scripts),
     ]
-    return document(head, title=f"{page['title']} - fitune", body="\n".join(parts))
+    return document(
+        head,
+        title=f"{page['title']} - fitune",
+        body="\n".join(parts),
+        language=choose_language(),
+    )
 
 
-@cache
 def _script(name: str) -> str:
+    return _inline(asset(name))
+
+
+def _inline(script: str) -> str:
     """Return a script without text that would end its element early.
 
     The text '</script' may be in one of plotly's strings.
     """
-    return asset(name).replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-@cache
 def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 

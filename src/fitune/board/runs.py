@@ -6,7 +6,6 @@ Nothing is read while nobody looks, and between two readings the server waits so
 at most WORK_FRACTION of one core, since a run may train on the same processor.
 """
 
-import json
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from fitune.board.offline import offline_page
+from fitune.board.requests import event
 from fitune.errors import FituneError, RunDirectoryError
 from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable_line
@@ -148,16 +148,15 @@ class RunsBoard:
         """Return the paths of the runs by their names, with those of sweeps, the latest first."""
         if not self._directory.is_dir():
             return {}
-        places = [self._directory]
-        places += [each for each in self._directory.iterdir() if (each / SWEEP_FILE).is_file()]
-        root = self._directory.resolve()
+        sweeps = (each for each in self._directory.iterdir() if (each / SWEEP_FILE).is_file())
+        # a link may lead out of the directory
+        places = [self._directory, *(each for each in sweeps if not each.is_symlink())]
         records = [record for place in places for record in list_runs(place)]
         records.sort(key=lambda record: (-record.updated, record.run.name))
-        # a link that leads out of the directory is not followed
         return {
             record.run.path.relative_to(self._directory).as_posix(): record.run.path
             for record in records
-            if record.run.path.resolve().is_relative_to(root)
+            if not record.run.path.is_symlink()
         }
 
     def _read(self, names: Sequence[str]) -> Mapping[str, HeldRun]:
@@ -279,12 +278,11 @@ async def _events(board: RunsBoard, names: Sequence[str]) -> AsyncIterator[str]:
         start = time.thread_time()
         try:
             page = board.page(names)
-            patch = merge_patch(shown, page)
         except FituneError as error:
-            page, patch = shown, {"error": translated(str(error))}
+            return event("error", translated(str(error))), shown, time.thread_time() - start
+        patch = merge_patch(shown, page)
         # a comment, so that a connection that is gone is noticed
-        text = f"data: {json.dumps(patch, ensure_ascii=False)}\n\n" if patch else ":\n\n"
-        return text, page, time.thread_time() - start
+        return event("page", patch) if patch else ":\n\n", page, time.thread_time() - start
 
     text, shown, _ = await anyio.to_thread.run_sync(work)
     yield text

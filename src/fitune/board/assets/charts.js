@@ -8,7 +8,14 @@ fitune.charts = (() => {
   const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
   const plain = (text) => String(text).replace(/[&<>]/g, (found) => ESCAPES[found]);
 
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  /* The colour of a variable as plotly understands it, without light-dark(). */
+  const css = (name) => {
+    probe.style.color = `var(${name})`;
+    return getComputedStyle(probe).color;
+  };
+  const probe = document.createElement("span");
+  probe.hidden = true;
+  document.documentElement.append(probe);
   const colour = (index) => css(`--c${index % NUM_COLOURS}`);
   const dash = (index) => DASHES[(index + Math.floor(index / NUM_COLOURS)) % DASHES.length];
 
@@ -94,6 +101,7 @@ fitune.charts = (() => {
     let isDrawing = false, isClosed = false;
 
     const draw = async (figure) => {
+      const Plotly = await fitune.plotly();
       const start = performance.now(), chart = figure.chart;
       const series = Object.values(chart.series).filter((each) => !shown.hidden.has(each.run));
       await Plotly.react(figure.plot, series.map((each) => trace(each, shown.axis)),
@@ -170,7 +178,7 @@ fitune.charts = (() => {
       const { element, plot } = figures.get(key);
       seen.unobserve(element);
       sized.unobserve(element);
-      Plotly.purge(plot);
+      window.Plotly?.purge(plot);
       element.remove();
       figures.delete(key);
     };

@@ -142,28 +142,28 @@ fitune.runs = (() => {
   /* The list of runs, and the page of those that are chosen, which follows them. */
   const view = () => {
     const chosen = new Set();
-    let timer = 0, stop = null, current = null, list, place, notice, tools, lastList = "";
+    let timer = 0, stream = null, current = null, list, place, notice, tools, lastList = "";
 
     const query = () => [...chosen].map((id) => `run=${encodeURIComponent(id)}`).join("&");
 
-    const follow = () => {
-      stop?.();
+    const end = () => {
+      stream?.close();
       current?.close();
-      current = null;
-      stop = null;
+      current = stream = null;
+    };
+
+    const follow = () => {
+      end();
       place.replaceChildren();
       tools.hidden = !chosen.size;
       if (!chosen.size) return;
       const opened = page(place);
       current = opened;
-      stop = fitune.follow(`/api/runs/follow?${query()}`, (event) => {
+      stream = fitune.follow(`/api/runs/follow?${query()}`, (kind, event) => {
         if (opened !== current) return;
         const start = performance.now();
-        if (event.error) notice.textContent = event.error;
-        else {
-          notice.textContent = "";
-          opened.patch(event);
-        }
+        notice.textContent = kind === "error" ? event : "";
+        if (kind === "page") opened.patch(event);
         fitune.charts.busy.push(performance.now() - start);
       });
     };
@@ -210,11 +210,26 @@ fitune.runs = (() => {
         const focus = [...list.children].findIndex((each) => each.contains(document.activeElement));
         const part = document.activeElement?.tagName;
         list.replaceChildren(...found.runs.map(row));
+        drawTools(found.runs);
         list.children[focus]?.querySelector(part.toLowerCase())?.focus();
         if (!found.runs.length) notice.textContent = found.none;
       } catch (error) {
         notice.textContent = String(error.message ?? error);
       }
+    };
+
+    const act = (text, work) => {
+      const button = make("button", { type: "button", textContent: fitune.say(text) });
+      button.addEventListener("click", async () => {
+        button.disabled = true;
+        try {
+          await work();
+        } catch (error) {
+          notice.textContent = error.message;
+        }
+        button.disabled = false;
+      });
+      return button;
     };
 
     const save = async () => {
@@ -224,33 +239,71 @@ fitune.runs = (() => {
       URL.revokeObjectURL(address);
     };
 
+    /* What can be done with the chosen runs; a run of a sweep is not started alone. */
+    const drawTools = (runs) => {
+      const [run] = chosen.size === 1 ? runs.filter((each) => chosen.has(each.id) && !each.id.includes("/")) : [];
+      const can = run?.state === "running" ? "stop" : ["stopped", "crashed", "failed"].includes(run?.state) ? "resume" : "";
+      if (tools.dataset.can === can && tools.children.length) return;
+      tools.dataset.can = can;
+      tools.replaceChildren(
+        ...(can === "stop" ? [act("Stop after this step", () => fitune.post("/api/stop", { run: run.id }))] : []),
+        ...(can === "resume" ? [act("Resume", () => fitune.post("/api/resume", { run: run.id }))] : []),
+        act("Save as one file", save));
+    };
+
     return {
       title: "Runs",
-      show: (element) => {
+      show: (element, rest) => {
         list = make("ul", { className: "runs" });
         place = make("article", { className: "page" });
         notice = make("p", { className: "notice" });
         notice.setAttribute("role", "status");
-        const report = make("button", { type: "button", textContent: fitune.say("Save as one file") });
-        report.addEventListener("click", () => save().catch((error) => { notice.textContent = String(error.message ?? error); }));
-        tools = make("div", { className: "actions", hidden: true }, report);
+        tools = make("div", { className: "actions", hidden: true });
         const side = make("aside", { className: "side" }, make("h2", { textContent: fitune.say("Runs") }), list);
         side.setAttribute("aria-label", fitune.say("Runs"));
         element.replaceChildren(make("div", { className: "split" }, side, make("div", { className: "content" }, notice, tools, place)));
         lastList = "";
+        if (rest) { chosen.clear(); chosen.add(rest); }
         load();
         if (chosen.size) follow();
         timer = setInterval(load, 1000 * LIST_EVERY_SECONDS);
       },
       hide: () => {
         clearInterval(timer);
-        stop?.();
-        current?.close();
-        current = stop = null;
+        end();
       },
     };
   };
 
-  return { page, view };
+  /* A report: its page alone, which the file contains. */
+  const report = (content) => {
+    let opened = null;
+    return {
+      title: "Report",
+      show: (element) => {
+        const place = make("article", { className: "page" });
+        element.replaceChildren(place);
+        opened = page(place);
+        opened.patch(structuredClone(content));
+        document.title = `${content.title} - fitune`;
+      },
+      hide: () => opened.close(),
+      print: () => opened.print(),
+    };
+  };
+
+  return { view, report };
 })();
-fitune.view("runs", fitune.runs.view());
+(() => {
+  const embedded = document.getElementById("fitune-page");
+  if (!embedded) {
+    fitune.view("runs", fitune.runs.view());
+    return;
+  }
+  const shown = fitune.runs.report(JSON.parse(embedded.textContent));
+  fitune.view("report", shown);
+  window.addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("details")) details.open = true;
+    shown.print();
+  });
+})();
