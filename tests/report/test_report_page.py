@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fitune.report.page import page
 
+from fitune.board.offline import offline_page as page
 from fitune.cli.app import main
 from fitune.report.charts import pictures
 from fitune.report.compare import compare
@@ -24,9 +24,8 @@ from fitune.report.embedded import read_report
 from fitune.report.verdicts import verdicts
 from fitune.run.directory import RunDirectory
 from fitune.run.files import write_json
-from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent
-from written_runs import GIB, Recipe, three_configurations, write_run
+from written_runs import GIB, Recipe, add_memory, add_plan, three_configurations, write_run
 
 NASTY = "</script><script>document.title='run by data'</script><img src=x onerror=alert(1)> & \"q\" 'a' مرحبا 🦊 \x00\ud800"
 MOST_BYTES = 3_000_000
@@ -38,52 +37,6 @@ CHROMIUM = next(
     ),
     None,
 )
-
-
-def add_memory(run: Path, *, minutes: int = 30, peak_gib: float = 21.0) -> None:
-    """Two lines a second; one moment takes `peak_gib`."""
-    lines = []
-    for index in range(minutes * 120):
-        high = index == 1234
-        sample = MemorySample(
-            time=1e9 + index / 2, step=index // 10, allocated_bytes=9 * GIB, reserved_bytes=12 * GIB,
-            peak_allocated_bytes=int((peak_gib - 1 if high else 10) * GIB),
-            peak_reserved_bytes=int((peak_gib if high else 12) * GIB), state_bytes=2 * GIB,
-            device_total_bytes=24 * GIB, other_processes_bytes=GIB,
-        )  # fmt: skip
-        lines.append(
-            json.dumps({key: value for key, value in asdict(sample).items() if value is not None})
-        )
-    RunDirectory(run).memory.write_text("\n".join(lines) + "\n")
-
-
-def add_plan(run: Path) -> None:
-    candidate = {
-        "micro_batch": 6, "accumulation": 4, "recompute": "off", "optimizer": "adamw", "method": "full", "fits": True,
-        "predicted_reserved_bytes": 20 * GIB, "predicted_device_bytes": 20 * GIB, "peak_phase": "backward",
-        "categories": {"parameter": GIB, "optimizer_state": 2 * GIB, "activation": 16 * GIB, "workspace": GIB},
-    }  # fmt: skip
-    plan = {
-        "budget_bytes": 22 * GIB,
-        "device": {"total_bytes": 24 * GIB},
-        "candidates": [candidate],
-        "chosen": 0,
-    }
-    write_json(RunDirectory(run).plan, plan)
-    living = {"name": "model.layers.3.mlp", "op": "", "category": "activation", "num_bytes": GIB}
-    peak = {
-        "peak_phase": "backward",
-        "categories": candidate["categories"],
-        "modules": [living],
-        "tensors": [],
-    }
-    write_json(RunDirectory(run).peak, peak)
-    lengths = {"edges": list(range(0, 2049, 64)), "counts": [n % 7 for n in range(32)]}
-    padding = {"fixed": 4.0, "shuffled": 1.5, "sorted": 1.03, "packed": 1.0}
-    write_json(
-        RunDirectory(run).data,
-        {"max_length": 2048, "lengths": lengths, "train": {"padding": padding}},
-    )
 
 
 @pytest.fixture(scope="module")

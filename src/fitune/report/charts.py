@@ -185,9 +185,9 @@ def pictures(comparison: Comparison, drawn: Mapping[str, RunSeries] | None = Non
         charts.pop("loss"),
         charts.pop("eval_loss"),
         interval_picture(comparison),
-        *(memory_picture(run) for run in runs[:MOST_TIMELINES]),
         *charts.values(),
         pareto_picture(comparison),
+        *(memory_picture(run) for run in runs[:MOST_TIMELINES]),
         lengths_picture(runs),
     ]
     return [picture for picture in found if picture is not None and picture.series]
@@ -292,7 +292,7 @@ def smoothed(values: Numbers) -> Numbers:
 def memory_picture(run: RecordedRun) -> Picture | None:
     """Draw the memory over time, stacked by what occupies it, from memory.jsonl."""
     curve = run.memory
-    layers = dict(_layers(curve))
+    layers = {name: sizes for name, sizes in _layers(curve) if sizes.any()}
     if not layers:
         return None
     totals = curve["device_total_bytes"]

@@ -109,7 +109,7 @@ def _facts(row: ComparedRun) -> Iterator[tuple[str, str, str]]:
         yield (
             say("predicted, for a step"),
             format_bytes(row.predicted_bytes),
-            say("{error} of what was measured", error=f"{row.prediction_error:+.1%}"),
+            say("{error} against what was measured", error=f"{row.prediction_error:+.1%}"),
         )
     yield say("speed"), format_count(row.tokens_per_second), say("tokens/s")
     tokens = run.total_tokens if np.isfinite(run.total_tokens) else summary.get("tokens")

@@ -4,7 +4,7 @@
    names reach plotly escaped, since plotly reads markup in them. */
 fitune.charts = (() => {
   const DASHES = ["solid", "dash", "dashdot", "dot"];
-  const NUM_COLOURS = 8, MOST_UNIFIED = 10, ROW_HEIGHT = 34, HEIGHT = 240;
+  const NUM_COLOURS = 8, MOST_UNIFIED = 10, HEIGHT = 240;
   const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
   const plain = (text) => String(text).replace(/[&<>]/g, (found) => ESCAPES[found]);
 
@@ -42,30 +42,32 @@ fitune.charts = (() => {
     }
   };
 
-  const layout = (chart, axis, { isLarge, isLog }) => {
+  const layout = (chart, axis, { isLarge, isLog, width }) => {
     const series = Object.values(chart.series);
     const grid = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
     const isStack = series.some((each) => each.kind === "area");
     const isOverlay = series.some((each) => each.run !== undefined && each.kind !== "interval");
+    const top = Math.max(...chart.lines.map(({ y }) => y));
+    const isLarger = series.some((each) => each.y.some((value) => Math.abs(value) >= 10000));
     return {
-      height: isLarge ? 2 * HEIGHT : HEIGHT,
+      width, height: isLarge ? 2 * HEIGHT : HEIGHT,
       margin: { l: 8, r: 12, t: 10, b: 8 },
       font: { color: css("--ink"), size: 11, family: getComputedStyle(document.body).fontFamily },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       xaxis: { ...grid, title: { text: plain(chart.axes[axis] ?? Object.values(chart.axes)[0]), standoff: 6 }, nticks: 6 },
       yaxis: {
         ...grid, title: { text: plain(chart.y_title), standoff: 6 }, nticks: 6, exponentformat: "e",
+        ...(isLarger ? { tickformat: "~s" } : {}),
         type: isLog && isOverlay ? "log" : "linear", rangemode: chart.from_zero && !isLog ? "tozero" : "normal",
       },
       hovermode: isStack || (isOverlay && series.length <= MOST_UNIFIED) ? "x unified" : "closest",
       hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--line"), font: { color: css("--ink") } },
-      showlegend: isStack,
-      legend: { orientation: "h", yref: "container", yanchor: "bottom", y: 0, font: { size: 10 } },
+      showlegend: false,
       shapes: chart.lines.map(({ y }) => ({
         type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { dash: "dot", width: 1.5, color: css("--ink") },
       })),
       annotations: chart.lines.map(({ name, y }) => ({
-        text: plain(name), xref: "paper", x: 1, y, xanchor: "right", yanchor: "bottom", showarrow: false, font: { size: 10 },
+        text: plain(name), xref: "paper", x: 1, y, xanchor: "right", yanchor: y === top ? "bottom" : "top", showarrow: false, font: { size: 10 },
       })),
       uirevision: `${axis} ${isLog}`,
     };
@@ -94,6 +96,13 @@ fitune.charts = (() => {
     return element;
   };
 
+  /* The legend of a part of a stack. */
+  const part = (series) => {
+    const square = make("i", {});
+    square.style.background = `var(--c${series.colour % NUM_COLOURS})`;
+    return make("li", {}, square, make("bdi", { textContent: series.name }));
+  };
+
   /* A grid of charts in `place`. update(charts) shows them; axis(name), log(isLog) and hide(runs) change all of them. */
   const grid = (place) => {
     const figures = new Map(), waiting = new Set();
@@ -105,7 +114,7 @@ fitune.charts = (() => {
       const start = performance.now(), chart = figure.chart;
       const series = Object.values(chart.series).filter((each) => !shown.hidden.has(each.run));
       await Plotly.react(figure.plot, series.map((each) => trace(each, shown.axis)),
-        layout({ ...chart, series }, shown.axis, { isLarge: figure.isLarge, isLog: shown.isLog }),
+        layout({ ...chart, series }, shown.axis, { isLarge: figure.isLarge, isLog: shown.isLog, width: figure.plot.clientWidth }),
         { displayModeBar: false, doubleClick: "reset", responsive: false });
       figure.plot.dataset.drawn = String(Number(figure.plot.dataset.drawn ?? 0) + 1);
       fitune.charts.busy.push(performance.now() - start);
@@ -155,12 +164,13 @@ fitune.charts = (() => {
       larger.title = fitune.say("larger or smaller");
       larger.setAttribute("aria-label", larger.title);
       larger.setAttribute("aria-pressed", "false");
+      const parts = make("ul", { className: "parts" });
       const plot = make("div", { className: "plot", tabIndex: 0 });
       plot.setAttribute("role", "img");
       plot.addEventListener("keydown", keys);
-      const element = make("figure", { className: "chart" }, make("figcaption", {}, title, larger), plot, note);
+      const element = make("figure", { className: "chart" }, make("figcaption", {}, title, larger), plot, parts, note);
       element.dataset.key = key;
-      const figure = { element, plot, title, note, isVisible: false, isLarge: false };
+      const figure = { element, plot, title, note, parts, isVisible: false, isLarge: false };
       element.figure = figure;
       larger.addEventListener("click", () => {
         figure.isLarge = !figure.isLarge;
@@ -199,6 +209,7 @@ fitune.charts = (() => {
           figure.chart = chart;
           figure.title.textContent = chart.title;
           figure.note.textContent = chart.note;
+          figure.parts.replaceChildren(...Object.values(chart.series).filter(({ kind }) => kind === "area" || kind === "marks").map(part));
           figure.plot.setAttribute("aria-label", chart.says);
           if (isNew) place.append(figure.element);
           ask(figure);
