@@ -110,7 +110,7 @@ fitune.charts = (() => {
     let isDrawing = false, isClosed = false;
 
     const draw = async (figure) => {
-      const Plotly = await fitune.plotly();
+      const Plotly = window.Plotly ?? await fitune.plotly();
       const start = performance.now(), chart = figure.chart;
       const series = Object.values(chart.series).filter((each) => !shown.hidden.has(each.run));
       await Plotly.react(figure.plot, series.map((each) => trace(each, shown.axis)),
@@ -218,8 +218,8 @@ fitune.charts = (() => {
       axis: (name) => { shown.axis = name; askAll(); },
       log: (isLog) => { shown.isLog = isLog; askAll(); },
       hide: (runs) => { shown.hidden = runs; askAll(); },
-      /* draws all, also what is out of sight, for the printer */
-      all: () => Promise.all([...figures.values()].map((figure) => (waiting.delete(figure), draw(figure)))),
+      /* draws all at once, also what is out of sight, for a printer */
+      all: () => figures.forEach((figure) => { waiting.delete(figure); draw(figure); }),
       close: () => {
         isClosed = true;
         for (const key of [...figures.keys()]) remove(key);

@@ -302,8 +302,13 @@ fitune.runs = (() => {
   }
   const shown = fitune.runs.report(JSON.parse(embedded.textContent));
   fitune.view("report", shown);
+  const root = document.documentElement;
+  let theme = "auto";
   window.addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("details")) details.open = true;
+    theme = root.dataset.theme;
+    root.dataset.theme = "light";
     shown.print();
   });
+  window.addEventListener("afterprint", () => { root.dataset.theme = theme; });
 })();
