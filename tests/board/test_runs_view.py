@@ -12,8 +12,8 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
+from browser import CHROMIUM, Browser, browser
 
-from board.browser import CHROMIUM, Browser, browser
 from fitune.board.runs import HeldRun, RunsBoard, merge_patch
 from fitune.errors import RunDirectoryError
 from fitune.language import speaking

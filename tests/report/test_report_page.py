@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser, browser
 
-from board.browser import CHROMIUM, Browser, browser
 from fitune.board.offline import offline_page as page
 from fitune.cli.app import main
 from fitune.report.charts import SMOOTHED_FRACTION, pictures, smoothed

@@ -6,6 +6,7 @@ Nothing is read while nobody looks, and between two readings the server waits so
 at most WORK_FRACTION of one core, since a run may train on the same processor.
 """
 
+import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable_line
 from fitune.report.charts import RunSeries, run_series
 from fitune.report.compare import Comparison, compare
-from fitune.report.document import Json, document
+from fitune.report.document import Json, WrittenArrays, charts, words
 from fitune.report.embedded import thinned
 from fitune.report.listing import ListedRun, listed
 from fitune.report.run_on_disk import RecordedRun, RunReader
@@ -38,7 +39,7 @@ LEAST_WAIT_SECONDS = 1.0
 #: steps and samples of memory of all runs that are held; a row has about 150 bytes
 MAX_ROWS = 800_000
 #: the verdict on several runs is computed again after this many times what it took
-_VERDICT_PATIENCE = 100
+_VERDICT_PATIENCE = 200
 _Signature = tuple[object, ...]
 
 
@@ -68,7 +69,7 @@ class HeldRun:
                 self._reader = None
                 run = thinned(run, max_rows) if run.num_steps > max_rows else run
             self.recorded, self._series = run, (0, {})
-            self._signature, self._max_rows = signature, max_rows
+            self._signature, self._max_rows = self._present(), max_rows
         return self.recorded
 
     @property
@@ -86,8 +87,18 @@ class HeldRun:
     def _present(self) -> _Signature:
         run = self._run
         files = (run.config, run.plan, run.data, run.peak, run.env, run.summary, run.metrics,
-                 run.events, run.memory, run.eval_rows, run.answers)  # fmt: skip
-        return (read_run(run.path).state, *map(_stamp, files))
+                 run.events, run.memory, run.eval_rows, run.answers, run.lock)  # fmt: skip
+        # a run ends without a sign where its process is killed
+        is_on = self.recorded is not None and self.recorded.state == "running"
+        return (is_on and read_run(run.path).state, *map(_stamp, files))
+
+
+def _is_directory(path: Path) -> bool:
+    """Return whether this is a directory, and no link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -106,7 +117,8 @@ class RunsBoard:
         self._held: dict[str, HeldRun] = {}
         #: readers are not made for several threads
         self._lock = threading.Lock()
-        self._comparison: tuple[object, float, Comparison] | None = None
+        self._comparison: tuple[object, float, Comparison, Json] | None = None
+        self._written: WrittenArrays = {}
         self._listing: tuple[str, float, Json] | None = None
 
     def listing(self) -> Json:
@@ -133,8 +145,9 @@ class RunsBoard:
         with self._lock:
             held = self._read(names)
             runs = [each.recorded for each in held.values() if each.recorded is not None]
-            comparison = self._compare(runs)
-            return document(comparison, self._drawn(comparison, held))
+            comparison, text = self._compare(runs)
+            drawn = self._drawn(comparison, held)
+            return {**text, "charts": charts(comparison, drawn, self._written)}
 
     def report(self, names: Sequence[str]) -> Json:
         """Return a report of these runs as a file: its name, and its HTML."""
@@ -159,16 +172,27 @@ class RunsBoard:
             if not record.run.path.is_symlink()
         }
 
+    def _path(self, name: str) -> Path:
+        """Return the path of a run of the list. Raises RunDirectoryError if there is none."""
+        place, parts = self._directory, name.split("/")
+        for part in parts:
+            place = place / part
+            if part in ("", ".", "..") or "\0" in part or not _is_directory(place):
+                break
+        else:
+            is_listed = len(parts) == 1 or (
+                len(parts) == 2 and (place.parent / SWEEP_FILE).is_file()
+            )
+            if is_listed and _is_directory(RunDirectory(place).checkpoints):
+                return place
+        raise RunDirectoryError(
+            f"{printable_line(name)[:200]} is no run in {self._directory}: choose one of the list"
+        )
+
     def _read(self, names: Sequence[str]) -> Mapping[str, HeldRun]:
-        known = self._paths()
-        for name in names:
-            if name not in known:
-                raise RunDirectoryError(
-                    f"{printable_line(name)} is no run in {self._directory}: choose one of the list"
-                )
         if not names:
             raise RunDirectoryError("no run is chosen: choose one of the list")
-        chosen = {name: self._held.setdefault(name, HeldRun(known[name])) for name in names}
+        chosen = {name: self._held.get(name) or HeldRun(self._path(name)) for name in names}
         # what is looked at least is forgotten first
         self._held = {
             **{name: held for name, held in self._held.items() if name not in chosen},
@@ -181,26 +205,30 @@ class RunsBoard:
                 del self._held[name]
         return chosen
 
-    def _compare(self, runs: Sequence[RecordedRun]) -> Comparison:
-        """Compare the runs; a new step alone changes little, so that is done now and then."""
+    def _compare(self, runs: Sequence[RecordedRun]) -> tuple[Comparison, Json]:
+        """Compare the runs, and return the comparison with the page's words.
+
+        A new step alone changes little, so that several are compared again now and then.
+        """
         key = [
             choose_language(),
             *((run.path, run.state, len(run.evals["step"]), len(run.events)) for run in runs),
         ]
         now = time.monotonic()
         if len(runs) > 1 and self._comparison is not None:
-            old_key, due, comparison = self._comparison
+            old_key, due, comparison, text = self._comparison
             if old_key == key and now < due:
-                rows = zip(comparison.rows, runs, strict=True)
-                # as `compare` named it
-                return replace(
-                    comparison,
-                    rows=tuple(replace(row, run=replace(run, name=row.name)) for row, run in rows),
+                # with the names that `compare` gave them
+                rows = (
+                    replace(row, run=replace(run, name=row.name))
+                    for row, run in zip(comparison.rows, runs, strict=True)
                 )
+                return replace(comparison, rows=tuple(rows)), text
         comparison = compare(runs)
+        text = words(comparison)
         due = now + _VERDICT_PATIENCE * (time.monotonic() - now)
-        self._comparison = (key, due, comparison)
-        return comparison
+        self._comparison = (key, due, comparison, text)
+        return comparison, text
 
     def _drawn(
         self, comparison: Comparison, held: Mapping[str, HeldRun]

@@ -103,6 +103,7 @@ _RUNS: dict[str, str] = {
     "compare": "比较",
     "Stop after this step": "本步之后停止",
     "Resume": "继续训练",
+    "reading the runs …": "正在读取运行……",
     "Save as one file": "存为单个文件",
 }
 

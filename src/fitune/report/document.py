@@ -11,9 +11,11 @@ without control characters, and is shown as text: nothing in it is markup. Its p
 Dictionaries have no null in them, so that changes can be sent as a JSON merge patch (RFC 7386).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
+import numpy.typing as npt
 
 from fitune.boundary import raised_as
 from fitune.errors import RunDirectoryError
@@ -30,32 +32,69 @@ from fitune.run.metrics import RunEvent
 from fitune.units import format_bytes, format_count, format_seconds
 
 Json = dict[str, object]
+Numbers = npt.NDArray[np.float64]
+Write = Callable[[Sequence[object] | Numbers], list[object]]
 #: events of running out of memory, and of what was done about it
 MEMORY_EVENTS = ("out_of_memory", "retry", "micro_batch", "fallback", "quarantine", "spill")
 _MOST_NAME_CHARS = 60
 _CARD_EVENTS = {"out_of_memory", "not_finite", "loss_spike", "save_failed"}
 
 
-def document(comparison: Comparison, drawn: Mapping[str, RunSeries] | None = None) -> Json:
-    """Return the page of a comparison.
+#: an array -> its numbers as they were written; by id, because arrays have no hash
+WrittenArrays = dict[int, tuple[object, list[object]]]
 
-    drawn: what `charts.run_series` returned, for the path of each run; None to compute it.
+
+def document(comparison: Comparison) -> Json:
+    """Return the page of a comparison.
 
     Raises RunDirectoryError if the runs' files contain other values than a run writes.
     """
+    with _readable(comparison):
+        return {**words(comparison), "charts": charts(comparison)}
+
+
+def words(comparison: Comparison) -> Json:
+    """Return the page without its charts."""
+    with _readable(comparison):
+        return {**head(comparison), "sections": dict(_sections(comparison))}
+
+
+def charts(
+    comparison: Comparison,
+    drawn: Mapping[str, RunSeries] | None = None,
+    written: WrittenArrays | None = None,
+) -> Json:
+    """Return the charts of the page.
+
+    drawn: what `charts.run_series` returned, for the path of each run; None to compute it.
+    written: the arrays of the charts before, which are not converted again; it is updated.
+    """
+    before = {} if written is None else dict(written)
+    after: WrittenArrays = {}
+
+    def write(values: Sequence[object] | Numbers) -> list[object]:
+        known = before.get(id(values))
+        found = known[1] if known is not None and known[0] is values else _values(values)
+        after[id(values)] = (values, found)
+        return found
+
+    with _readable(comparison):
+        found: Json = {
+            _text(picture.key): _chart(picture, write) for picture in pictures(comparison, drawn)
+        }
+    if written is not None:
+        written.clear()
+        written.update(after)
+    return found
+
+
+def _readable(comparison: Comparison) -> AbstractContextManager[None]:
     names = ", ".join(row.run.path for row in comparison.rows)
-    with raised_as(
+    return raised_as(
         RunDirectoryError,
         f"what {names} holds cannot be shown",
         "remove the damaged one of data.json, env.json, peak.json and plan.json",
-    ):
-        return {
-            **head(comparison),
-            "charts": {
-                _text(picture.key): _chart(picture) for picture in pictures(comparison, drawn)
-            },
-            "sections": dict(_sections(comparison)),
-        }
+    )
 
 
 def head(comparison: Comparison) -> Json:
@@ -317,7 +356,7 @@ def _table(
     }
 
 
-def _chart(picture: Picture) -> Json:
+def _chart(picture: Picture, write: Write) -> Json:
     return {
         "title": _text(picture.title),
         "note": _text(picture.note),
@@ -327,19 +366,20 @@ def _chart(picture: Picture) -> Json:
         "from_zero": picture.from_zero,
         "lines": [{"name": _name(name), "y": _numbers([y])[0]} for name, y in picture.lines],
         "series": {
-            f"{index}": _series(series, picture) for index, series in enumerate(picture.series)
+            f"{index}": _series(series, picture, write)
+            for index, series in enumerate(picture.series)
         },
     }
 
 
-def _series(series: Series, picture: Picture) -> Json:
+def _series(series: Series, picture: Picture, write: Write) -> Json:
     found: Json = {
         "name": _name(series.name),
         "kind": series.kind,
         "colour": series.colour,
         "dash": series.dash,
-        "x": {axis: _values(series.x[axis]) for axis in picture.axes},
-        "y": _values(series.y),
+        "x": {axis: write(series.x[axis]) for axis in picture.axes},
+        "y": write(series.y),
     }
     if series.run is not None:
         found["run"] = series.run
@@ -352,7 +392,7 @@ def _series(series: Series, picture: Picture) -> Json:
     return found
 
 
-def _values(values: object) -> list[object]:
+def _values(values: Sequence[object] | Numbers) -> list[object]:
     if isinstance(values, list) and values and isinstance(values[0], str):
         return [_name(value) for value in values]
     return _numbers(values)

@@ -159,11 +159,15 @@ fitune.runs = (() => {
       if (!chosen.size) return;
       const opened = page(place);
       current = opened;
+      notice.textContent = fitune.say("reading the runs …");
       stream = fitune.follow(`/api/runs/follow?${query()}`, (kind, event) => {
         if (opened !== current) return;
         const start = performance.now();
         notice.textContent = kind === "error" ? event : "";
-        if (kind === "page") opened.patch(event);
+        if (kind === "page") {
+          opened.patch(event);
+          fitune.runs.updates += 1;
+        }
         fitune.charts.busy.push(performance.now() - start);
       });
     };
@@ -172,6 +176,7 @@ fitune.runs = (() => {
       if (!isAdded) chosen.clear();
       if (isAdded && chosen.has(id)) chosen.delete(id);
       else chosen.add(id);
+      history.replaceState(null, "", `#/runs/${encodeURIComponent([...chosen].join("\n"))}`);
       lastList = "";
       load();
       follow();
@@ -263,7 +268,11 @@ fitune.runs = (() => {
         side.setAttribute("aria-label", fitune.say("Runs"));
         element.replaceChildren(make("div", { className: "split" }, side, make("div", { className: "content" }, notice, tools, place)));
         lastList = "";
-        if (rest) { chosen.clear(); chosen.add(rest); }
+        // the address has the runs that are shown, a line each
+        if (rest) {
+          chosen.clear();
+          rest.split("\n").forEach((id) => chosen.add(id));
+        }
         load();
         if (chosen.size) follow();
         timer = setInterval(load, 1000 * LIST_EVERY_SECONDS);
@@ -292,7 +301,7 @@ fitune.runs = (() => {
     };
   };
 
-  return { view, report };
+  return { view, report, updates: 0 };
 })();
 (() => {
   const embedded = document.getElementById("fitune-page");
