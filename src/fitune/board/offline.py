@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fitune.board.page import asset, document, plotly_gz
 from fitune.language import choose_language
-from fitune.report.charts import MAX_POINTS
+from fitune.report.charts import FEWEST_RUN_POINTS, MAX_POINTS
 from fitune.report.compare import Comparison
 from fitune.report.document import document as page_of_runs
 from fitune.report.embedded import EMBEDDED_ID, embed
@@ -42,7 +42,7 @@ def offline_page(comparison: Comparison) -> str:
     page = page_of_runs(comparison)
     runs = [row.run for row in comparison.rows]
     # to be compared again; its curves have as many points over all runs as a chart
-    most = max(MAX_POINTS // len(runs), 60)
+    most = max(MAX_POINTS // len(runs), FEWEST_RUN_POINTS)
     data = {"schema": 1, "runs": [embed(run, max_points=most) for run in runs]}
     scripts = [_inline(gzip.decompress(plotly_gz()).decode()), *map(_script, _SCRIPTS)]
     hashes = " ".join(f"'sha256-{_digest(text)}'" for text in scripts)

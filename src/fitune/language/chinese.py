@@ -189,6 +189,7 @@ _REPORT: dict[str, str] = {
     "{name}, in {phase}": "{name}，{phase}",
     "{num} changes of micro-batch": "微批改变 {num} 次",
     "{num} runs": "{num} 个运行",
+    "and {num} more, which fitune compare lists": "另有 {num} 条，fitune compare 会全部列出",
     "{num} times": "{num} 次",
     "{speed} tokens/s": "{speed} tokens/s",
     "{steps} steps": "{steps} 步",

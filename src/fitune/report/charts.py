@@ -24,9 +24,9 @@ Numbers = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 MAX_POINTS = 6000
-#: of one run in one chart: two for each pixel of a chart's usual width
-MOST_RUN_POINTS = 800
-FEWEST_RUN_POINTS = 60
+#: of one run in one chart: about two for each pixel of its usual width
+MOST_RUN_POINTS = 500
+FEWEST_RUN_POINTS = 30
 MOST_TIMELINES = 4
 MOST_TIMELINE_POINTS = 1600
 #: of more runs than these, single steps are not drawn behind their moving average

@@ -36,6 +36,8 @@ Numbers = npt.NDArray[np.float64]
 Write = Callable[[Sequence[object] | Numbers], list[object]]
 #: events of running out of memory, and of what was done about it
 MEMORY_EVENTS = ("out_of_memory", "retry", "micro_batch", "fallback", "quarantine", "spill")
+#: the most sentences of a verdict
+MOST_SENTENCES = 20
 _MOST_NAME_CHARS = 60
 _CARD_EVENTS = {"out_of_memory", "not_finite", "loss_spike", "save_failed"}
 
@@ -109,6 +111,10 @@ def head(comparison: Comparison) -> Json:
     else:
         title = say("{num} runs", num=len(rows))
         sentences, cards = verdicts(comparison), _winner(comparison)
+    # pairs of many runs make more sentences than anybody reads
+    if num_more := len(sentences[MOST_SENTENCES:]):
+        more = say("and {num} more, which fitune compare lists", num=num_more)
+        sentences = [*sentences[:MOST_SENTENCES], more]
     return {
         "title": _name(title),
         "runs": runs,

@@ -44,14 +44,14 @@ fitune.charts = (() => {
 
   const layout = (chart, axis, { isLarge, isLog, width }) => {
     const series = Object.values(chart.series);
-    const grid = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
+    const grid = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: false };
     const isStack = series.some((each) => each.kind === "area");
     const isOverlay = series.some((each) => each.run !== undefined && each.kind !== "interval");
     const top = Math.max(...chart.lines.map(({ y }) => y));
     const isLarger = series.some((each) => each.y.some((value) => Math.abs(value) >= 10000));
     return {
       width, height: isLarge ? 2 * HEIGHT : HEIGHT,
-      margin: { l: 8, r: 12, t: 10, b: 8 },
+      margin: { l: 50, r: 12, t: 10, b: 38 },
       font: { color: css("--ink"), size: 11, family: getComputedStyle(document.body).fontFamily },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       xaxis: { ...grid, title: { text: plain(chart.axes[axis] ?? Object.values(chart.axes)[0]), standoff: 6 }, nticks: 6 },
