@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -39,7 +40,18 @@ from fitune.run.metrics import EvalMetrics, Summary, append_line, as_line, summa
 from watched_run import sample, step_metrics  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "board.json"
-DOCS = (ROOT / "docs" / "board.md", ROOT / "docs" / "board.zh.md")
+#: a page of the documentation -> the words of its table
+DOCS = {
+    ROOT / "docs" / "board.md": (
+        "runs of {steps:,} steps shown", "processor time of an update, ms", "an update every, s",
+        "heap of scripts, MB", "page's process, MB", "until it stands, s",
+    ),
+    ROOT / "docs" / "board.zh.md": (
+        "显示的运行（每个 {steps:,} 步）", "每次更新的处理器时间，毫秒", "更新间隔，秒",
+        "脚本堆，MB", "页面进程，MB", "首次显示，秒",
+    ),
+}  # fmt: skip
+MARK = "<!-- benchmarks/board.py -->"
 NUM_EVALS, NUM_ROWS, NUM_SAMPLES = 20, 200, 7_200
 #: The runs have curves of this many kinds; the others are links to their files.
 NUM_KINDS = 5
@@ -251,6 +263,24 @@ def measure_beside(
     }
 
 
+def write_tables(found: dict[str, Any]) -> None:
+    """Write the pages' table between the two marks of each page of the documentation."""
+    for path, heads in DOCS.items():
+        rows = [
+            [each["runs"], each["task_ms_per_update"], each["seconds_between"], each["heap_mb"],
+             each["page_process_mb"], each["first_seconds"]]
+            for each in found["pages"]
+        ]  # fmt: skip
+        lines = [
+            [head.format(steps=found["steps"]) for head in heads],
+            ["---:"] * len(heads),
+            *rows,
+        ]
+        table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        before, _, after = path.read_text(encoding="utf-8").split(MARK)
+        path.write_text(f"{before}{MARK}\n\n{table}\n\n{MARK}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -288,6 +318,7 @@ def main() -> None:
             print(found["server_peak_mb"], flush=True)
     if (arguments.runs, arguments.steps) == (50, 100_000):
         RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    write_tables(json.loads(RESULT.read_text()))
 
 
 if __name__ == "__main__":

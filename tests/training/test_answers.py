@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from disturbed_run import RUN, STEPS, UNDISTURBED, error_of, train, train_until, weights
 from fitune.cli.app import main
 from fitune.report.compare import compare
-from fitune.report.document import document
+from fitune.report.document import page_content
 from fitune.run.answers import read_answers
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
@@ -40,7 +40,7 @@ def test_answers_do_not_change_the_run_and_a_resumed_run_has_them_once(
         (step, prompt) for step in (0, 3, 6, 9) for prompt in ("w1 w2", "w3")
     ]
     assert all(0 < line.num_tokens <= 6 for line in answers)
-    shown = str(document(compare((RUN.path,)))["sections"]["answers"])  # type: ignore[index]
+    shown = str(page_content(compare((RUN.path,)))["sections"]["answers"])  # type: ignore[index]
     assert repr(answers[-1].answer) in shown
 
 

@@ -15,7 +15,7 @@ from fitune.board.page import asset, document, plotly_gz
 from fitune.language import choose_language
 from fitune.report.charts import FEWEST_RUN_POINTS, MAX_POINTS
 from fitune.report.compare import Comparison
-from fitune.report.document import document as page_of_runs
+from fitune.report.document import page_content
 from fitune.report.embedded import EMBEDDED_ID, embed
 from fitune.run.directory import OUTPUT_KEY, write_atomically
 
@@ -39,7 +39,7 @@ def offline_page(comparison: Comparison) -> str:
 
     Raises RunDirectoryError if the runs' files contain other values than a run writes.
     """
-    page = page_of_runs(comparison)
+    page = page_content(comparison)
     runs = [row.run for row in comparison.rows]
     # to be compared again; its curves have as many points over all runs as a chart
     most = max(MAX_POINTS // len(runs), FEWEST_RUN_POINTS)

@@ -22,7 +22,7 @@ def asset(name: str) -> str:
 
 
 def plotly_gz() -> bytes:
-    """Return plotly's basic bundle, compressed by gzip. MIT; its Python package has only the full one."""
+    """Return plotly's basic bundle (MIT) in gzip; its Python package has only the full bundle."""
     return (resources.files("fitune.report") / "assets" / PLOTLY).read_bytes()
 
 

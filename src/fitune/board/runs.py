@@ -25,7 +25,7 @@ from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable_line
 from fitune.report.charts import RunSeries, run_series
 from fitune.report.compare import Comparison, compare
-from fitune.report.document import Json, WrittenArrays, charts, words
+from fitune.report.document import Json, WrittenArrays, page_charts, page_text
 from fitune.report.embedded import thinned
 from fitune.report.listing import ListedRun, listed
 from fitune.report.run_on_disk import RecordedRun, RunReader
@@ -141,13 +141,13 @@ class RunsBoard:
         return listing
 
     def page(self, names: Sequence[str]) -> Json:
-        """Return the page of these runs. Raises RunDirectoryError if there is one that is no run."""
+        """Return the page of these runs. Raises RunDirectoryError if one of them is no run."""
         with self._lock:
             held = self._read(names)
             runs = [each.recorded for each in held.values() if each.recorded is not None]
             comparison, text = self._compare(runs)
             drawn = self._drawn(comparison, held)
-            return {**text, "charts": charts(comparison, drawn, self._written)}
+            return {**text, "charts": page_charts(comparison, drawn, self._written)}
 
     def report(self, names: Sequence[str]) -> Json:
         """Return a report of these runs as a file: its name, and its HTML."""
@@ -225,7 +225,7 @@ class RunsBoard:
                 )
                 return replace(comparison, rows=tuple(rows)), text
         comparison = compare(runs)
-        text = words(comparison)
+        text = page_text(comparison)
         due = now + _VERDICT_PATIENCE * (time.monotonic() - now)
         self._comparison = (key, due, comparison, text)
         return comparison, text

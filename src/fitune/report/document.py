@@ -46,22 +46,22 @@ _CARD_EVENTS = {"out_of_memory", "not_finite", "loss_spike", "save_failed"}
 WrittenArrays = dict[int, tuple[object, list[object]]]
 
 
-def document(comparison: Comparison) -> Json:
+def page_content(comparison: Comparison) -> Json:
     """Return the page of a comparison.
 
     Raises RunDirectoryError if the runs' files contain other values than a run writes.
     """
     with _readable(comparison):
-        return {**words(comparison), "charts": charts(comparison)}
+        return {**page_text(comparison), "charts": page_charts(comparison)}
 
 
-def words(comparison: Comparison) -> Json:
+def page_text(comparison: Comparison) -> Json:
     """Return the page without its charts."""
     with _readable(comparison):
         return {**head(comparison), "sections": dict(_sections(comparison))}
 
 
-def charts(
+def page_charts(
     comparison: Comparison,
     drawn: Mapping[str, RunSeries] | None = None,
     written: WrittenArrays | None = None,
@@ -405,7 +405,7 @@ def _values(values: Sequence[object] | Numbers) -> list[object]:
 
 
 def _numbers(values: object) -> list[object]:
-    """Return the values with six digits; one that is not finite becomes None, which leaves a gap."""
+    """Return the values with six digits; what is not finite becomes None, which leaves a gap."""
     column = np.asarray(values, dtype=np.float64)
     is_known = np.isfinite(column)
     known = column[is_known]

@@ -55,7 +55,8 @@ EVAL_COLUMNS = (
 )  # fmt: skip
 MEMORY_COLUMNS = (
     "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes",
-    "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "program_bytes", "device_used_bytes",
+    "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "program_bytes",
+    "device_used_bytes",
     "device_total_bytes", "other_processes_bytes",
 )  # fmt: skip
 #: a larger config.yaml is not read, because YAML is parsed at 50,000 bytes per second; a run's own
@@ -215,7 +216,7 @@ class RunReader:
         self._keep(steps)
 
     def _keep(self, steps: Sequence[StepMetrics]) -> None:
-        """Append steps to the curve; if the first one was done before, it replaces the later ones."""
+        """Append steps; if the first one was done before, it replaces the later ones."""
         if not steps:
             return
         is_new = steps[0] is not self._last
