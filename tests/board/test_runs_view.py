@@ -228,7 +228,7 @@ def test_a_run_is_followed_two_are_compared_and_a_report_is_saved(
         choose(tab, "6x1")
         tab.wait("document.querySelector('h1')?.textContent === '6x1'")
         choose(tab, "4x6", with_others=True)
-        tab.wait("document.querySelector('.verdict')?.textContent.startsWith('best: 4x6')")
+        tab.wait("document.querySelector('.outcome')?.textContent.startsWith('best: 4x6')")
         tab.wait("document.querySelector('[data-key=intervals] .errorbar') !== null")
         assert tab.run("document.querySelector('input[name=axis]:checked').value") == "tokens"
         # nothing in the data becomes markup

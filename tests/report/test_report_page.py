@@ -255,7 +255,7 @@ def test_a_browser_draws_every_picture_without_a_fault_or_a_request(
     tab.size(1280, 900)
     assert browse(tab, whole, "#x=step") == len(pictures(compare([whole])))
     assert tab.run(DRAWN) >= len(pictures(compare([whole])))
-    assert tab.run("document.querySelector('.verdict').textContent").startswith("best: ")
+    assert tab.run("document.querySelector('.outcome').textContent").startswith("best: ")
     text = tab.run("document.querySelector('main').innerText")
     for words in ("Settings that differ", "Advice", "Events", "are the same run", "fitune train "):
         assert words in text

@@ -56,8 +56,7 @@ EVAL_COLUMNS = (
 MEMORY_COLUMNS = (
     "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes",
     "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "program_bytes",
-    "device_used_bytes",
-    "device_total_bytes", "other_processes_bytes",
+    "device_used_bytes", "device_total_bytes", "other_processes_bytes",
 )  # fmt: skip
 #: a larger config.yaml is not read, because YAML is parsed at 50,000 bytes per second; a run's own
 #: has about 10,000 bytes

@@ -44,9 +44,9 @@ fitune.runs = (() => {
   const page = (place) => {
     const shown = {};
     const hidden = new Set();
-    const title = make("h1", {}), first = make("p", { className: "verdict" });
+    const title = make("h1", {}), first = make("p", { className: "outcome" });
     const others = make("ul", {}), more = make("details", { open: true }, make("summary", { textContent: fitune.say("all that the comparison shows") }), others);
-    const cards = make("div", { className: "cards" }), legend = make("div", { className: "legend" });
+    const cards = make("div", { className: "cards" }), legend = make("div", { className: "shown" });
     legend.setAttribute("role", "group");
     legend.setAttribute("aria-label", fitune.say("runs in the charts"));
     const axes = make("fieldset", { className: "axes" });
