@@ -4,7 +4,7 @@ python benchmarks/board.py                  results/board.json and the table of 
 python benchmarks/board.py --runs 5 --steps 2000
 
 Fifty runs of 100,000 steps are written, of which one goes on and gains a step a second. A headless Chromium shows the run
-that goes on alone, then twenty and all of them laid over each other. The time of scripts is that of
+that goes on alone, then all of them laid over each other. The time of scripts is that of
 the page's own handlers, that of tasks Chromium's counter (with style, layout and painting), both of an update; memory is the
 heap of scripts and the private memory of the page's process; the server's memory is its
 resident set at its highest. For the cost beside a run, a loop of matrix products and the server are bound to one core, in
@@ -288,9 +288,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument(
-        "--seconds", type=float, default=40.0, help="how long each page is followed"
+        "--seconds", type=float, default=30.0, help="how long each page is followed"
     )
-    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=20)
     arguments = parser.parse_args()
     found: dict[str, object] = {"runs": arguments.runs, "steps": arguments.steps}
     with TemporaryDirectory() as place:
@@ -299,7 +299,7 @@ def main() -> None:
         with working_on(live), growing(live, arguments.steps), served(Path(place)) as (url, server):
             empty = server.memory_info().rss
             pages = []
-            for num_shown in sorted({1, min(20, arguments.runs), arguments.runs}):
+            for num_shown in sorted({1, arguments.runs}):
                 with browser() as tab:
                     tab.call("Performance.enable", timeDomain="threadTicks")
                     tab.size(1280, 900)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fitune.board.page import asset, document, plotly_gz
 from fitune.language import choose_language
-from fitune.report.charts import FEWEST_RUN_POINTS, MAX_POINTS
+from fitune.report.charts import FEWEST_RUN_POINTS
 from fitune.report.compare import Comparison
 from fitune.report.document import page_content
 from fitune.report.embedded import EMBEDDED_ID, embed
@@ -21,6 +21,8 @@ from fitune.run.directory import OUTPUT_KEY, write_atomically
 
 #: the id of the element with the page of the runs as JSON
 PAGE_ID = "fitune-page"
+#: of the curves of all runs that a report contains
+MAX_EMBEDDED_POINTS = 6000
 _SCRIPTS = ("shell.js", "charts.js", "runs.js")
 _STYLES = ("board.css", "runs.css")
 
@@ -41,8 +43,8 @@ def offline_page(comparison: Comparison) -> str:
     """
     page = page_content(comparison)
     runs = [row.run for row in comparison.rows]
-    # to be compared again; its curves have as many points over all runs as a chart
-    most = max(MAX_POINTS // len(runs), FEWEST_RUN_POINTS)
+    # to be compared again
+    most = max(MAX_EMBEDDED_POINTS // len(runs), FEWEST_RUN_POINTS)
     data = {"schema": 1, "runs": [embed(run, max_points=most) for run in runs]}
     scripts = [_inline(gzip.decompress(plotly_gz()).decode()), *map(_script, _SCRIPTS)]
     hashes = " ".join(f"'sha256-{_digest(text)}'" for text in scripts)

@@ -23,7 +23,7 @@ Kind = Literal["line", "marked line", "faint", "area", "marks", "bars", "points"
 Numbers = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-MAX_POINTS = 6000
+MAX_POINTS = 4000
 #: of one run in one chart: about two for each pixel of its usual width
 MOST_RUN_POINTS = 500
 FEWEST_RUN_POINTS = 30

@@ -149,7 +149,7 @@ fitune.charts = (() => {
         figure.isVisible = entry.isIntersecting;
         if (waiting.has(figure)) ask(figure);
       }
-    }, { rootMargin: "150px" });
+    }, { rootMargin: "40px" });
     const sized = new ResizeObserver((entries) => {
       for (const { target, contentRect } of entries) {
         const figure = target.figure;
