@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -238,7 +238,14 @@ def measure_beside(
         return float(sum(server.cpu_times()[:2]))
 
     with urlopen(request) as answer:
-        threading.Thread(target=answer.read, daemon=True).start()
+
+        def read() -> None:
+            # the stream ends where the server does
+            with suppress(OSError, AttributeError, ValueError):
+                while answer.read1():
+                    pass
+
+        threading.Thread(target=read, daemon=True).start()
         time.sleep(15)  # the whole page has come
         start, used = time.monotonic(), used_seconds()
         time.sleep(turns * seconds)

@@ -37,7 +37,7 @@ from fitune.units import format_bytes, format_count, format_seconds
 WORK_FRACTION = 0.005
 LEAST_WAIT_SECONDS = 1.0
 #: steps and samples of memory of all runs that are held; a row has about 150 bytes
-MAX_ROWS = 800_000
+MAX_ROWS = 600_000
 #: the verdict on several runs is computed again after this many times what it took
 _VERDICT_PATIENCE = 200
 _Signature = tuple[object, ...]

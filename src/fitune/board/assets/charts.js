@@ -4,7 +4,7 @@
    names reach plotly escaped, since plotly reads markup in them. */
 fitune.charts = (() => {
   const DASHES = ["solid", "dash", "dashdot", "dot"];
-  const NUM_COLOURS = 8, MOST_UNIFIED = 10, HEIGHT = 240;
+  const NUM_COLOURS = 8, MOST_UNIFIED = 10, HEIGHT = 240, UPDATE_MS = 50;
   const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
   const plain = (text) => String(text).replace(/[&<>]/g, (found) => ESCAPES[found]);
 
@@ -107,7 +107,7 @@ fitune.charts = (() => {
   const grid = (place) => {
     const figures = new Map(), waiting = new Set();
     const shown = { axis: "step", isLog: false, hidden: new Set() };
-    let isDrawing = false, isClosed = false;
+    let isDrawing = false, isClosed = false, budget = Infinity;
 
     const draw = async (figure) => {
       const Plotly = window.Plotly ?? await fitune.plotly();
@@ -125,23 +125,26 @@ fitune.charts = (() => {
       isDrawing = true;
       for (;;) {
         const figure = [...waiting].find((each) => each.isVisible);
-        if (isClosed || !figure) break;
+        if (isClosed || !figure || budget <= 0) break;
         waiting.delete(figure);
+        const start = performance.now();
         try {
           await draw(figure);
         } catch (error) {
           figure.plot.textContent = `${fitune.say("this chart could not be drawn")}: ${error}`;
           document.documentElement.dataset.fault = String(error);
         }
+        budget -= performance.now() - start;
         await new Promise((resume) => setTimeout(resume));
       }
       isDrawing = false;
     };
-    const ask = (figure) => {
+    const ask = (figure, most = Infinity) => {
       waiting.add(figure);
+      budget = most;
       if (!isDrawing) work();
     };
-    const askAll = () => figures.forEach(ask);
+    const askAll = () => figures.forEach((figure) => ask(figure));
 
     const seen = new IntersectionObserver((entries) => {
       for (const entry of entries) {
@@ -212,7 +215,8 @@ fitune.charts = (() => {
           figure.parts.replaceChildren(...Object.values(chart.series).filter(({ kind }) => kind === "area" || kind === "marks").map(part));
           figure.plot.setAttribute("aria-label", chart.says);
           if (isNew) place.append(figure.element);
-          ask(figure);
+          // what an update has no time for is drawn first with the next one
+          ask(figure, isNew ? Infinity : UPDATE_MS);
         }
       },
       axis: (name) => { shown.axis = name; askAll(); },
