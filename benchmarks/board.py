@@ -34,8 +34,9 @@ sys.path[:0] = [str(ROOT / name) for name in ("src", "tests", "tests/board")]
 
 from browser import Browser, browser  # noqa: E402
 
-from fitune.run.directory import RunDirectory, create_run, working_on, write_json  # noqa: E402
+from fitune.run.directory import RunDirectory, create_run, working_on  # noqa: E402
 from fitune.run.eval_rows import EvalRows, append_eval_rows  # noqa: E402
+from fitune.run.files import write_json  # noqa: E402
 from fitune.run.metrics import EvalMetrics, Summary, append_line, as_line, summary_json  # noqa: E402
 from watched_run import sample, step_metrics  # noqa: E402
 

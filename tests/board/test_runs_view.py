@@ -18,7 +18,8 @@ from fitune.board.runs import HeldRun, RunsBoard, merge_patch
 from fitune.errors import RunDirectoryError
 from fitune.language import speaking
 from fitune.report.embedded import read_report
-from fitune.run.directory import RunDirectory, working_on, write_json
+from fitune.run.directory import RunDirectory, working_on
+from fitune.run.files import write_json
 from fitune.run.metrics import RunEvent, append_line
 from watched_run import NUM_STEPS, START, sample, step_metrics, write_watched_run
 from written_runs import Recipe, add_plan, three_configurations, write_run

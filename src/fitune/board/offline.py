@@ -17,7 +17,7 @@ from fitune.report.charts import FEWEST_RUN_POINTS
 from fitune.report.compare import Comparison
 from fitune.report.document import page_content
 from fitune.report.embedded import EMBEDDED_ID, embed
-from fitune.run.directory import OUTPUT_KEY, write_atomically
+from fitune.run.files import OUTPUT_KEY, write_atomically
 
 #: the id of the element with the page of the runs as JSON
 PAGE_ID = "fitune-page"

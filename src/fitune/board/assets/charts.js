@@ -4,7 +4,7 @@
    names reach plotly escaped, since plotly reads markup in them. */
 fitune.charts = (() => {
   const DASHES = ["solid", "dash", "dashdot", "dot"];
-  const NUM_COLOURS = 8, MOST_UNIFIED = 10, HEIGHT = 240, UPDATE_MS = 50;
+  const NUM_COLOURS = 8, MOST_UNIFIED = 10, HEIGHT = 240, UPDATE_MS = 50, LATER_MS = 20000;
   const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
   const plain = (text) => String(text).replace(/[&<>]/g, (found) => ESCAPES[found]);
 
@@ -107,7 +107,7 @@ fitune.charts = (() => {
   const grid = (place) => {
     const figures = new Map(), waiting = new Set();
     const shown = { axis: "step", isLog: false, hidden: new Set() };
-    let isDrawing = false, isClosed = false, budget = Infinity;
+    let isDrawing = false, isClosed = false, budget = Infinity, later = 0;
 
     const draw = async (figure) => {
       const Plotly = window.Plotly ?? await fitune.plotly();
@@ -138,6 +138,9 @@ fitune.charts = (() => {
         await new Promise((resume) => setTimeout(resume));
       }
       isDrawing = false;
+      clearTimeout(later);
+      // of a run that has ended no update follows
+      if (!isClosed && [...waiting].some((each) => each.isVisible)) later = setTimeout(() => waiting.forEach((figure) => ask(figure)), LATER_MS);
     };
     const ask = (figure, most = Infinity) => {
       waiting.add(figure);
