@@ -1,6 +1,6 @@
 """The pictures of README and of the pages, as a browser has drawn them: a plan in the terminal, a report, the board's runs.
 
-python docs/pictures.py         docs/plan.png, report.png and board_runs*.png, in some minutes
+python docs/pictures.py         docs/plan.png, report.png and board-runs*.png, in some minutes
 python docs/pictures.py runs    those of the report and of the board alone
 
 The runs are of the tests' model of 2.2 M, from random weights, on their made-up dialogues, with three learning rates.
@@ -82,10 +82,10 @@ def draw_runs(directory: Path) -> None:
     try:
         with browser() as tab:
             for name, width, height, dark, language in (
-                ("report", 1100, 1250, False, "en"),
-                ("board_runs", 1280, 1180, False, "en"),
-                ("board_runs_dark", 1280, 1180, True, "zh"),
-                ("board_runs_phone", 390, 1400, False, "en"),
+                ("report", 1100, 1020, False, "en"),
+                ("board-runs", 1280, 1000, False, "en"),
+                ("board-runs_dark", 1280, 1000, True, "zh"),
+                ("board-runs_phone", 390, 1400, False, "en"),
             ):
                 tab.size(width, height, dark=dark)
                 tab.open("about:blank")

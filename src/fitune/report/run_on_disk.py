@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,8 @@ _BATCH_LINES = 5_000
 #: of memory, from which the remaining time is estimated: ten minutes
 _RECENT_SAMPLES = 1_200
 _Signature = tuple[int, int, int]
+#: what a file holds
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ class RunReader:
         self._run = open_run(path)
         self._files = RunFiles(self._run, tail_bytes=None, memory_tail_bytes=None)
         #: what was read of each file that is written as a whole, with the file's signature
-        self._whole: dict[Path, tuple[_Signature, Any, list[str]]] = {}
+        self._whole: dict[Path, tuple[_Signature, object, list[str]]] = {}
         self._forget()
 
     def read(self) -> RecordedRun:
@@ -163,15 +165,11 @@ class RunReader:
             if file.fault is not None:
                 raise RunDirectoryError(f"{path} cannot be read: {file.fault}")
         train = {**self._train, "seconds": np.cumsum(self._train["seconds"])}
-        whole = {
-            "settings": self._once(run.config, read_settings) or {},
-            "plan": self._once(run.plan, _read_plan),
-            "env": self._once(run.env, _read_json),
-            "data": self._once(run.data, _read_json),
-            "peak": self._once(run.peak, _read_json),
-            "eval_rows": self._once(run.eval_rows, lambda path, _: read_eval_rows(path)) or (),
-            "answers": self._once(run.answers, lambda path, _: read_answers(path)) or (),
-        }
+        settings = self._once(run.config, read_settings)
+        plan = self._once(run.plan, _read_plan)
+        env, data, peak = (self._once(path, _read_json) for path in (run.env, run.data, run.peak))
+        eval_rows = self._once(run.eval_rows, lambda path, _: read_eval_rows(path))
+        answers = self._once(run.answers, lambda path, _: read_answers(path))
         notes = [note for _, _, found in self._whole.values() for note in found]
         if self._num_damaged:
             notes.insert(
@@ -192,7 +190,13 @@ class RunReader:
             progress_fraction=progress_fraction(record, last_step, self._recent),
             seconds_left=seconds_left(record, self._recent),
             notes=tuple(notes + ([record.fault] if record.fault else [])),
-            **whole,
+            settings=settings or {},
+            plan=plan,
+            env=env,
+            data=data,
+            peak=peak,
+            eval_rows=eval_rows or (),
+            answers=answers or (),
         )
 
     def _forget(self) -> None:
@@ -250,7 +254,7 @@ class RunReader:
         }
         self._recent.extend(samples)
 
-    def _once(self, path: Path, read: Callable[[Path, list[str]], Any]) -> Any:
+    def _once(self, path: Path, read: Callable[[Path, list[str]], Content]) -> Content | None:
         """Return what `read` returns for a file, read again only if the file has changed."""
         try:
             status = path.lstat()
@@ -261,7 +265,7 @@ class RunReader:
         if path not in self._whole or self._whole[path][0] != signature:
             notes: list[str] = []
             self._whole[path] = (signature, read(path, notes), notes)
-        return self._whole[path][1]
+        return cast(Content, self._whole[path][1])
 
 
 def _memory_curve(memory: Curve) -> Curve:
