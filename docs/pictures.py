@@ -30,7 +30,7 @@ RUN = """
 model: {source: model, init: random}
 data: {train: sft.jsonl, max_length: 64, eval_fraction: 0.05}
 batch: {effective: 16}
-train: {steps: 240, eval_every: 24}
+train: {steps: 120, eval_every: 12}
 """
 #: the name of a run -> its learning rate
 RATES = {"slow": "3e-4", "middle": "1e-3", "fast": "3e-3"}
@@ -57,7 +57,7 @@ def train(directory: Path) -> None:
     from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_dialogues
 
     save_tiny_model(directory / "model", WIDE_VOCABULARY)
-    write_dialogues(directory / "sft.jsonl", 4000)
+    write_dialogues(directory / "sft.jsonl", 2000)
     (directory / "sft.yaml").write_text(RUN)
     for name, rate in RATES.items():
         words = ["train", "sft.yaml", f"run.name={name}", f"optim.lr={rate}"]
