@@ -83,9 +83,9 @@ def draw_runs(directory: Path) -> None:
         with browser() as tab:
             for name, width, height, dark, language in (
                 ("report", 1100, 1020, False, "en"),
-                ("board-runs", 1280, 1000, False, "en"),
-                ("board-runs_dark", 1280, 1000, True, "zh"),
-                ("board-runs_phone", 390, 1400, False, "en"),
+                ("board-runs", 1280, 960, False, "en"),
+                ("board-runs-dark", 1280, 900, True, "zh"),
+                ("board-runs-phone", 390, 1400, False, "en"),
             ):
                 tab.size(width, height, dark=dark)
                 tab.open("about:blank")

@@ -220,7 +220,10 @@ const fitune = (function () {
   ];
   takeToken();
   setTheme(kept("localStorage", "fitune-theme") || "auto");
-  window.addEventListener("hashchange", () => { takeToken(); show(); });
-  document.addEventListener("DOMContentLoaded", show);
+  // not before the other scripts have registered their views
+  document.addEventListener("DOMContentLoaded", () => {
+    window.addEventListener("hashchange", () => { takeToken(); show(); });
+    show();
+  });
   return self;
 })();
