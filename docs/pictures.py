@@ -30,7 +30,7 @@ RUN = """
 model: {source: model, init: random}
 data: {train: sft.jsonl, max_length: 64, eval_fraction: 0.05}
 batch: {effective: 16}
-train: {steps: 120, eval_every: 12}
+train: {steps: 120, eval_every: 20}
 """
 #: the name of a run -> its learning rate
 RATES = {"slow": "3e-4", "middle": "1e-3", "fast": "3e-3"}
@@ -93,7 +93,7 @@ def draw_runs(directory: Path) -> None:
                 tab.wait("typeof fitune === 'object'")
                 if name != "report":
                     tab.run(f"fitune.language = '{language}'; location.hash = '#/runs/{chosen}'")
-                tab.wait("document.querySelectorAll('.plot[data-drawn]').length > 3")
+                tab.wait("document.querySelectorAll('.plot[data-drawn]').length > 1")
                 time.sleep(3)
                 tab.picture(DOCS / f"{name}.png")
                 check_size(DOCS / f"{name}.png")
