@@ -82,8 +82,8 @@ def draw_runs(directory: Path) -> None:
     try:
         with browser() as tab:
             for name, width, height, dark, language in (
-                ("report", 1100, 1020, False, "en"),
-                ("board-runs", 1280, 960, False, "en"),
+                ("report", 1100, 940, False, "en"),
+                ("board-runs", 1280, 920, False, "en"),
                 ("board-runs-dark", 1280, 900, True, "zh"),
                 ("board-runs-phone", 390, 1400, False, "en"),
             ):
