@@ -27,7 +27,7 @@ from fitune.report.charts import RunSeries, run_series
 from fitune.report.compare import Comparison, compare
 from fitune.report.document import Json, WrittenArrays, page_charts, page_text
 from fitune.report.embedded import thinned
-from fitune.report.listing import ListedRun, listed
+from fitune.report.listing import ListedRun, list_run
 from fitune.report.run_on_disk import RecordedRun, RunReader
 from fitune.run.directory import BEGIN_ONE, RunDirectory, list_runs, read_run
 from fitune.run.sweep import SWEEP_FILE
@@ -128,7 +128,9 @@ class RunsBoard:
             old_language, due, listing = self._listing
             if old_language == language and start < due:
                 return listing
-        runs = [_listed_json(name, listed(read_run(path))) for name, path in self._paths().items()]
+        runs = [
+            _listed_json(name, list_run(read_run(path))) for name, path in self._paths().items()
+        ]
         none = say(
             "there are no runs in {place}: {begin}",
             place=self._directory,

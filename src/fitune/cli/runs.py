@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from fitune.cli.output import Format, console, print_json, print_text, table, warn
 from fitune.language import say
 from fitune.language.printable import printable_line
-from fitune.report.listing import listed
+from fitune.report.listing import list_run
 from fitune.run.directory import BEGIN_ONE, RunRecord, list_runs
 from fitune.run.metrics import summary_json
 from fitune.units import format_count, format_gib, format_seconds
@@ -66,7 +66,7 @@ def _json(record: RunRecord) -> dict[str, object]:
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    run = listed(record)
+    run = list_run(record)
     is_on, done = record.state == "running", run.progress_fraction
     return (
         printable_line(record.run.name),

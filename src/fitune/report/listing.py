@@ -26,7 +26,7 @@ class ListedRun:
     seconds_left: float | None = None
 
 
-def listed(record: RunRecord) -> ListedRun:
+def list_run(record: RunRecord) -> ListedRun:
     """Read what a list shows of a run."""
     summary = record.summary or Summary()
     # The summary of such a run is as old as its last save.
