@@ -25,6 +25,7 @@ import yaml
 
 from byte_tokenizer import byte_tokenizer
 from fitune.allocator.config import parse_allocator_config
+from fitune.board.offline import offline_page as page
 from fitune.config import ModelConfig, read_config
 from fitune.config.importers.read import read_command, read_tool_file
 from fitune.config.importers.translate import translate
@@ -37,7 +38,6 @@ from fitune.errors import FituneError
 from fitune.machine.devices import find_device
 from fitune.model.load import load_config, load_model, load_tokenizer
 from fitune.report.compare import compare
-from fitune.report.page import page
 from fitune.report.sources import read_recorded
 from fitune.run.directory import RunDirectory, list_runs, open_run
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal

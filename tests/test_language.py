@@ -102,7 +102,7 @@ def test_a_count_of_one_is_in_the_singular(
 ENGLISH_ALONE = {
     "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
-    "report/page.py": "HTML",
+    "board/offline.py": "HTML",
     "report/model_card.py": "a file of an export, which is English as those of a run are",
     "model/ollama.py": "a file of an export",
     "recorder/as_real.py": "PyTorch's own words",

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fitune.run.directory import create_run
+from fitune.run.directory import RunDirectory, create_run
 from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.files import write_json
+from fitune.run.memory import MemorySample
 from fitune.run.metrics import (
     EvalMetrics,
     RunEvent,
@@ -138,3 +139,49 @@ def three_configurations(output: Path) -> list[Path]:
     third = Recipe(micro=4, accumulation=6, row_losses=nearly, noise=1e-3, peak_bytes=14 * GIB)
     recipes = {"6x1": first, "6x4": second, "4x6": third}
     return [write_run(output, name, recipe) for name, recipe in recipes.items()]
+
+
+def add_memory(run: Path, *, minutes: int = 30, peak_gib: float = 21.0) -> None:
+    """Two lines a second; one moment takes `peak_gib`."""
+    lines = []
+    for index in range(minutes * 120):
+        high = index == 1234
+        sample = MemorySample(
+            time=1e9 + index / 2, step=index // 10, allocated_bytes=9 * GIB, reserved_bytes=12 * GIB,
+            peak_allocated_bytes=int((peak_gib - 1 if high else 10) * GIB),
+            peak_reserved_bytes=int((peak_gib if high else 12) * GIB), state_bytes=2 * GIB,
+            device_total_bytes=24 * GIB, other_processes_bytes=GIB,
+        )  # fmt: skip
+        lines.append(
+            json.dumps({key: value for key, value in asdict(sample).items() if value is not None})
+        )
+    RunDirectory(run).memory.write_text("\n".join(lines) + "\n")
+
+
+def add_plan(run: Path) -> None:
+    candidate = {
+        "micro_batch": 6, "accumulation": 4, "recompute": "off", "optimizer": "adamw", "method": "full", "fits": True,
+        "predicted_reserved_bytes": 20 * GIB, "predicted_device_bytes": 20 * GIB, "peak_phase": "backward",
+        "categories": {"parameter": GIB, "optimizer_state": 2 * GIB, "activation": 16 * GIB, "workspace": GIB},
+    }  # fmt: skip
+    plan = {
+        "budget_bytes": 22 * GIB,
+        "device": {"total_bytes": 24 * GIB},
+        "candidates": [candidate],
+        "chosen": 0,
+    }
+    write_json(RunDirectory(run).plan, plan)
+    living = {"name": "model.layers.3.mlp", "op": "", "category": "activation", "num_bytes": GIB}
+    peak = {
+        "peak_phase": "backward",
+        "categories": candidate["categories"],
+        "modules": [living],
+        "tensors": [],
+    }
+    write_json(RunDirectory(run).peak, peak)
+    lengths = {"edges": list(range(0, 2049, 64)), "counts": [n % 7 for n in range(32)]}
+    padding = {"fixed": 4.0, "shuffled": 1.5, "sorted": 1.03, "packed": 1.0}
+    write_json(
+        RunDirectory(run).data,
+        {"max_length": 2048, "lengths": lengths, "train": {"padding": padding}},
+    )

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitune.board.offline import offline_page as page
 from fitune.cli.app import main
 from fitune.report.advice import advise
 from fitune.report.compare import Comparison, compare
-from fitune.report.page import page
 from fitune.report.tables import cells
 from fitune.report.verdicts import verdicts
 from fitune.run.directory import RunDirectory

@@ -2,88 +2,32 @@
 
 import base64
 import hashlib
-import html
 import json
-import os
 import re
-import shutil
-import subprocess
 import time
+from base64 import b64decode
+from collections.abc import Iterator
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser, browser
 
+from fitune.board.offline import offline_page as page
 from fitune.cli.app import main
-from fitune.report.charts import pictures
+from fitune.report.charts import SMOOTHED_FRACTION, pictures, smoothed
 from fitune.report.compare import compare
-from fitune.report.page import page
-from fitune.report.run_on_disk import read_report
+from fitune.report.embedded import read_report
 from fitune.report.verdicts import verdicts
 from fitune.run.directory import RunDirectory
 from fitune.run.files import write_json
-from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent
-from written_runs import GIB, Recipe, three_configurations, write_run
+from written_runs import GIB, Recipe, add_memory, add_plan, three_configurations, write_run
 
 NASTY = "</script><script>document.title='run by data'</script><img src=x onerror=alert(1)> & \"q\" 'a' مرحبا 🦊 \x00\ud800"
 MOST_BYTES = 3_000_000
-CHROMIUM = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
-)
-
-
-def add_memory(run: Path, *, minutes: int = 30, peak_gib: float = 21.0) -> None:
-    """Two lines a second; one moment takes `peak_gib`."""
-    lines = []
-    for index in range(minutes * 120):
-        high = index == 1234
-        sample = MemorySample(
-            time=1e9 + index / 2, step=index // 10, allocated_bytes=9 * GIB, reserved_bytes=12 * GIB,
-            peak_allocated_bytes=int((peak_gib - 1 if high else 10) * GIB),
-            peak_reserved_bytes=int((peak_gib if high else 12) * GIB), state_bytes=2 * GIB,
-            device_total_bytes=24 * GIB, other_processes_bytes=GIB,
-        )  # fmt: skip
-        lines.append(
-            json.dumps({key: value for key, value in asdict(sample).items() if value is not None})
-        )
-    RunDirectory(run).memory.write_text("\n".join(lines) + "\n")
-
-
-def add_plan(run: Path) -> None:
-    candidate = {
-        "micro_batch": 6, "accumulation": 4, "recompute": "off", "optimizer": "adamw", "method": "full", "fits": True,
-        "predicted_reserved_bytes": 20 * GIB, "predicted_device_bytes": 20 * GIB, "peak_phase": "backward",
-        "categories": {"parameter": GIB, "optimizer_state": 2 * GIB, "activation": 16 * GIB, "workspace": GIB},
-    }  # fmt: skip
-    plan = {
-        "budget_bytes": 22 * GIB,
-        "device": {"total_bytes": 24 * GIB},
-        "candidates": [candidate],
-        "chosen": 0,
-    }
-    write_json(RunDirectory(run).plan, plan)
-    living = {"name": "model.layers.3.mlp", "op": "", "category": "activation", "num_bytes": GIB}
-    peak = {
-        "peak_phase": "backward",
-        "categories": candidate["categories"],
-        "modules": [living],
-        "tensors": [],
-    }
-    write_json(RunDirectory(run).peak, peak)
-    lengths = {"edges": list(range(0, 2049, 64)), "counts": [n % 7 for n in range(32)]}
-    padding = {"fixed": 4.0, "shuffled": 1.5, "sorted": 1.03, "packed": 1.0}
-    write_json(
-        RunDirectory(run).data,
-        {"max_length": 2048, "lengths": lengths, "train": {"padding": padding}},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +69,9 @@ class Tags(HTMLParser):
 def test_every_picture_of_the_design_is_there(whole: Path) -> None:
     keys = {picture.key.partition("-")[0] for picture in pictures(compare([whole]))}
     assert keys == {
-        "loss",
-        "memory",
-        "predicted",
-        "microscope",
-        "pareto",
-        "lengths",
-        "lr",
-        "grad_norm",
-        "noise",
-    }
+        "loss", "eval_loss", "intervals", "lr", "grad_norm", "tokens_per_second", "step_memory",
+        "noise", "pareto", "memory", "lengths",
+    }  # fmt: skip
     text = whole.read_text()
     for words in (
         "Settings that differ",
@@ -147,7 +84,7 @@ def test_every_picture_of_the_design_is_there(whole: Path) -> None:
         assert words in text
 
 
-def test_only_the_two_scripts_of_the_page_may_run_and_nothing_be_fetched(whole: Path) -> None:
+def test_only_the_scripts_of_the_page_may_run_and_nothing_be_fetched(whole: Path) -> None:
     parser = Tags()
     parser.feed(whole.read_text())
     policy = (
@@ -213,30 +150,26 @@ def test_nothing_in_the_data_becomes_markup(hostile: tuple[Path, float]) -> None
     parser = Tags()
     parser.feed(hostile[0].read_text())
     assert "img" not in {tag for tag, _ in parser.tags}
-    assert len(parser.scripts) == 4
-    assert "run by data" in parser.scripts[0]  # as data
-    assert "run by data" not in "".join(parser.scripts[2:])
+    kinds = [attributes.get("type") for tag, attributes in parser.tags if tag == "script"]
+    assert kinds == ["application/json"] * 3 + [None] * 4
+    assert "run by data" in parser.scripts[1]  # as data
+    assert "run by data" not in "".join(parser.scripts[3:])
 
 
 def test_the_highest_peak_stays_in_the_picture_and_in_the_data(hostile: tuple[Path, float]) -> None:
     (run,) = read_report(hostile[0])
     assert run.train["peak_reserved_bytes"].max() == pytest.approx(23 * GIB)
-    content = json.loads(
-        re.search(r'id="fitune-figures">(.*?)</script>', hostile[0].read_text(), re.DOTALL)[1]
-    )  # type: ignore[index]
-    of_memory = [
-        picture["data"]
-        for picture in content["pictures"]
-        if picture["layout"]["yaxis"]["title"]["text"] == "GiB"
-    ]
-    assert max(max(trace["y"]) for drawn in of_memory for trace in drawn) == 23
+    found = re.search(r'id="fitune-page">(.*?)</script>', hostile[0].read_text(), re.DOTALL)
+    assert found is not None
+    drawn = json.loads(found[1])["charts"]["step_memory"]["series"].values()
+    assert max(max(series["y"]) for series in drawn) == 23
 
 
 def test_a_page_in_chinese_says_so(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_LANG", "zh")
     text = page(compare([whole]))
-    assert '<html lang="zh">' in text
-    for words in ("是同一次训练", "比较", "显存峰值：预测与实测", "建议"):
+    assert '<html lang="zh" data-language="zh">' in text
+    for words in ("是同一次训练", "比较", "按类别的显存", "建议"):
         assert words in text
 
 
@@ -268,131 +201,117 @@ def test_a_place_that_cannot_be_written_is_answered_with_the_flag_that_named_it(
 # In a browser.
 
 
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
-)
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with browser() as found:
+        yield found
 
 
-def browse(path: Path, work: Path, *options: str, anchor: str = "") -> str:
-    """What Chromium writes for the page; fails on any console message or request to a network."""
-    assert CHROMIUM is not None
-    log = work / "net.json"
-    result = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-         f"--user-data-dir={work / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-         f"--log-net-log={log}", "--virtual-time-budget=20000", *options, f"{path.as_uri()}{anchor}"],
-        capture_output=True, text=True, timeout=240, check=True,
-    )  # fmt: skip
-    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    assert not console, console
-    asked = re.findall(r'"url":"((?:https?|wss?):[^"]+)"', log.read_text(errors="replace"))
-    assert not [url for url in asked if not re.match(ITS_MAKER, url)], asked
-    return result.stdout
+DRAWN = "document.querySelectorAll('.plot[data-drawn] .main-svg').length"
+#: scrolls through the page, since a chart is drawn where it comes into sight
+SEE_ALL = """(async () => {
+  for (const chart of document.querySelectorAll('.chart')) {
+    chart.scrollIntoView();
+    for (let tries = 0; !chart.querySelector('.plot').dataset.drawn && tries < 200; tries++)
+      await new Promise((resume) => setTimeout(resume, 20));
+  }
+  return document.querySelectorAll('.chart').length;
+})()"""
 
 
-ITS_MAKER = r"https?://[\w.-]*(google|googleapis|gvt1|gstatic)\.com"
-"""What Chromium asks on its own behalf."""
+def browse(tab: Browser, path: Path, anchor: str = "") -> int:
+    """Open a report, see all of its charts, and return how many there are.
+
+    Nothing may be wrong in the console, and nothing be asked of a network.
+    """
+    tab.errors.clear()
+    tab.requests.clear()
+    tab.open("about:blank")
+    tab.open(f"{path.as_uri()}{anchor}")
+    tab.wait("document.querySelector('.charts') !== null")
+    num_charts = int(tab.run(SEE_ALL))
+    assert tab.errors == []
+    assert [url for url in tab.requests if not url.startswith(("file:", "about:", "data:"))] == []
+    return num_charts
 
 
-@needs_browser
-@pytest.mark.parametrize(
-    "body", ["<img src='http://example.invalid/x.png'>", "<script>missing()</script>"]
-)
-def test_the_check_sees_a_request_and_a_fault(tmp_path: Path, body: str) -> None:
+def test_the_check_sees_a_request_and_a_fault(tab: Browser, tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
+    body = (
+        "<img src='http://example.invalid/x.png'><p class='charts'></p><script>missing()</script>"
+    )
     path.write_text(f"<!DOCTYPE html><title>bad</title>{body}")
     with pytest.raises(AssertionError):
-        browse(path, tmp_path, "--dump-dom")
+        browse(tab, path)
+    assert "http://example.invalid/x.png" in tab.requests
+    assert "missing is not defined" in str(tab.errors)
 
 
-@needs_browser
 def test_a_browser_draws_every_picture_without_a_fault_or_a_request(
-    whole: Path, tmp_path: Path
+    whole: Path, tab: Browser
 ) -> None:
-    shown = browse(whole, tmp_path, "--dump-dom")
-    num_pictures = len(pictures(compare([whole])))
-    assert f'data-drawn="{num_pictures}"' in shown
-    assert "data-fault" not in shown.partition(">")[0] + shown[:500]
-    assert shown.count('<g class="subplot xy">') == num_pictures
-    num_drawn = len(re.findall(r'<g class="(?:trace (?:scatter|bars)|trace bars)', shown))
-    assert num_drawn >= sum(len(picture.series) for picture in pictures(compare([whole])))
+    tab.size(1280, 900)
+    assert browse(tab, whole, "#x=step") == len(pictures(compare([whole])))
+    assert tab.run(DRAWN) >= len(pictures(compare([whole])))
+    assert tab.run("document.querySelector('.outcome').textContent").startswith("best: ")
+    text = tab.run("document.querySelector('main').innerText")
+    for words in ("Settings that differ", "Advice", "Events", "are the same run", "fitune train "):
+        assert words in text
+    # a run is hidden in all charts by its name in the legend, and the axis is that of all charts
+    tab.run("document.querySelector('[data-key=lr]').scrollIntoView()")
+    num_lines = "document.querySelectorAll('[data-key=lr] .trace').length"
+    assert tab.run(num_lines) == 3
+    tab.run("document.querySelector('.chip').click()")
+    tab.wait(f"{num_lines} === 2")
+    title = "document.querySelector('[data-key=lr] .xtitle').textContent"
+    assert tab.run(title) == "step"
+    tab.run("document.querySelector('input[value=tokens]').click()")
+    tab.wait(f"{title} === 'tokens'")
 
 
-@needs_browser
-def test_the_axis_switches_to_tokens(whole: Path, tmp_path: Path) -> None:
-    shown = browse(whole, tmp_path, "--dump-dom", anchor="#x=tokens")
-    drawn = re.findall(
-        r"<div class=\"plot[^>]*data-axis=\"tokens\"[^>]*>.*?</svg>.*?</svg>", shown, re.DOTALL
-    )
-    assert len(drawn) == 3  # loss, learning rate, gradient norm
-    assert all(">tokens</text>" in each and ">step</text>" not in each for each in drawn)
-
-
-@needs_browser
 def test_the_hostile_page_runs_nothing_of_its_data(
-    hostile: tuple[Path, float], tmp_path: Path
+    hostile: tuple[Path, float], tab: Browser
 ) -> None:
-    shown = browse(hostile[0], tmp_path, "--dump-dom")
-    assert "<title>run - fitune</title>" in shown
-    assert "data-drawn" in shown
+    browse(tab, hostile[0])
+    assert tab.run("document.title") == "run - fitune"
+    assert tab.run("document.querySelectorAll('img, main script').length") == 0
+    assert NASTY[:20] in tab.run("document.querySelector('main').textContent")
 
 
-@needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_light_or_dark_as_the_reader_wants(
-    whole: Path, tmp_path: Path, scheme: str
+def test_a_report_is_light_or_dark_and_prints_on_a4(
+    whole: Path, tab: Browser, tmp_path: Path
 ) -> None:
-    image_module = pytest.importorskip("PIL.Image")
-    options = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    browse(
-        whole, tmp_path, "--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}", *options
-    )
-    with image_module.open(tmp_path / "page.png") as image:
-        corner = image.convert("RGB").getpixel((5, 5))
-    assert (sum(corner) < 200) == (scheme == "dark")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    for dark in (False, True):
+        tab.size(900, 1200, dark=dark)
+        browse(tab, whole)
+        assert (tab.run(paper) == "rgb(255, 255, 255)") != dark
+    assert tab.run("document.querySelector('.plot text').style.fill") == "rgb(230, 233, 235)"
+    tab.size(900, 1200)
+    content = b64decode(tab.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+    sides = re.search(rb"/MediaBox ?\[0 0 ([\d.]+) ([\d.]+)\]", content)
+    assert sides is not None
+    assert tuple(map(float, sides.groups())) == pytest.approx((595, 842), abs=1)
+    assert len(content) > 50_000
 
 
-@needs_browser
-def test_the_page_prints_on_a4(whole: Path, tmp_path: Path) -> None:
-    browse(whole, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'page.pdf'}")
-    content = (tmp_path / "page.pdf").read_bytes()
-    assert content.startswith(b"%PDF")
-    width, height = map(
-        float, re.search(rb"/MediaBox ?\[0 0 ([\d.]+) ([\d.]+)\]", content).groups()
-    )  # type: ignore[union-attr]
-    assert (width, height) == pytest.approx((595, 842), abs=1)
-    assert os.path.getsize(tmp_path / "page.pdf") > 50_000
+BROKEN = """[...document.querySelectorAll('td bdi, th bdi')].filter((cell) => {
+  const range = document.createRange(), text = cell.textContent.trim();
+  range.selectNodeContents(cell);
+  const lines = new Set([...range.getClientRects()].map((each) => Math.round(each.top))).size;
+  return text.length <= 20 && !/\\s/.test(text) && lines > 1;
+}).map((cell) => cell.textContent)"""
 
 
-MEASURE = """
-const frame = document.querySelector("iframe");
-frame.addEventListener("load", () => setTimeout(() => {
-  const inside = frame.contentDocument, broken = [];
-  for (const cell of inside.querySelectorAll("td bdi, th")) {
-    const range = inside.createRange(), text = cell.textContent.trim();
-    range.selectNodeContents(cell);
-    const lines = new Set([...range.getClientRects()].map((each) => Math.round(each.top))).size;
-    if (text.length <= 20 && !/\\s/.test(text) && lines > 1) broken.push(text);
-  }
-  const root = inside.documentElement;
-  document.body.dataset.broken = JSON.stringify(broken);
-  document.body.dataset.wider = root.scrollWidth - root.clientWidth;
-}, 3000));
-"""
-
-
-@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_name_is_broken_on_a_telephone(whole: Path, tmp_path: Path, width: int) -> None:
-    framed = tmp_path / "framed.html"
-    framed.write_text(
-        f"<!DOCTYPE html><body><iframe style='width:{width}px;height:3000px' "
-        f'srcdoc="{html.escape(whole.read_text())}"></iframe><script>{MEASURE}</script>'
-    )
-    shown = browse(framed, tmp_path, "--dump-dom", "--window-size=1500,3200")
-    measured = re.search(r"<body data-broken=\"(.*?)\" data-wider=\"(-?\d+)\"", shown)
-    assert measured is not None
-    assert (html.unescape(measured[1]), measured[2]) == ("[]", "0")
+def test_no_name_is_broken_on_a_telephone(whole: Path, tab: Browser, width: int) -> None:
+    tab.size(width, 900)
+    browse(tab, whole)
+    assert tab.run(BROKEN) == []
+    root = "document.documentElement"
+    assert tab.run(f"{root}.scrollWidth - {root}.clientWidth") == 0
 
 
 @pytest.mark.parametrize(("kind", "label"), [("cpu", "memory of the machine"), ("cuda", "card")])
@@ -408,6 +327,17 @@ def test_the_memory_of_a_processor_is_not_called_a_card(
     assert [name for name, _ in memory.lines] == [label, "memory limit"]
 
 
+def test_a_moving_average_is_that_of_its_definition() -> None:
+    values = np.random.default_rng(0).random(5000)
+    values[[0, 7, 4000]] = np.nan
+    factor, mean, weight, expected = 0.5 ** (1 / (5000 * SMOOTHED_FRACTION)), 0.0, 0.0, []
+    for value in values:
+        if np.isfinite(value):
+            mean, weight = factor * mean + (1 - factor) * value, factor * weight + (1 - factor)
+        expected.append(mean / weight if weight else np.nan)
+    np.testing.assert_allclose(smoothed(values), expected, rtol=1e-9)
+
+
 def test_learning_rate_and_gradient_norm_are_drawn(whole: Path) -> None:
     drawn = {each.key: each for each in pictures(compare([whole]))}
     assert {"lr", "grad_norm"} <= set(drawn)
@@ -419,4 +349,6 @@ def test_of_two_rates_the_first_sentence_says_which_won(tmp_path: Path) -> None:
     low = write_run(tmp_path, "low", Recipe(lr=1e-5, row_losses=[2.0] * 20))
     high = write_run(tmp_path, "high", Recipe(lr=3e-5, row_losses=[1.9] * 20))
     first, *_ = verdicts(compare([low, high]))
-    assert first.startswith("best: high (learning rate 3e-05), with the lowest eval loss, 1.9000")
+    assert first.startswith(
+        "best: high (learning rate 3e-05), with the lowest eval loss, 1.9000, -0.1000 (95 %: "
+    )

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import pytest
 
+from fitune.report.run_on_disk import RunReader
 from fitune.run.directory import RunDirectory, create_run, read_run
 from fitune.run.follow import RunFollower
 from fitune.run.metrics import append_line
@@ -118,3 +119,37 @@ def test_without_locks_the_heartbeat_tells_who_runs(
     run.lock.write_text(json.dumps({"host": os.uname().nodename, "pid": 1}))
     os.utime(run.lock, (time.time() - silent_seconds,) * 2)
     assert read_run(run.path).state == state
+
+
+def test_a_line_without_an_end_is_skipped_and_what_follows_is_read(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fitune.run.growing_file._BLOCK_BYTES", 100)
+    monkeypatch.setattr("fitune.run.growing_file.MAX_RECORD_BYTES", 2000)
+    follower = RunFollower(run)
+    with run.memory.open("a") as file:
+        file.write("x" * 5000 + "\n")
+    append_line(run.memory, sample(602.0), leave_out_unknown=True)
+    assert follower.read().samples[-1].time == START + 602
+
+
+def test_a_report_reads_what_watch_reads_while_the_run_goes_on(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fitune.report.run_on_disk._BATCH_LINES", 50)
+    follower, reader = RunFollower(run), RunReader(run.path)
+    for change in (
+        lambda: None,
+        lambda: append_line(run.metrics, step_metrics(NUM_STEPS + 1)),
+        lambda: append_line(run.metrics, replace(step_metrics(300), loss=9.0)),
+        lambda: append_line(run.metrics, step_metrics(301)),
+        lambda: write_lines(run.metrics, [step_metrics(1)]),
+    ):
+        change()
+        view, recorded = follower.read(), reader.read()
+        assert recorded.train["loss"].tolist() == [step.loss for step in view.steps]
+        assert recorded.evals["step"].tolist() == [each.step for each in view.evals]
+        assert recorded.memory["allocated_bytes"].tolist() == [
+            each.allocated_bytes for each in view.samples
+        ]
+        assert recorded.events == view.events

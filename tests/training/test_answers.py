@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from disturbed_run import RUN, STEPS, UNDISTURBED, error_of, train, train_until, weights
 from fitune.cli.app import main
 from fitune.report.compare import compare
-from fitune.report.page import page
+from fitune.report.document import page_content
 from fitune.run.answers import read_answers
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
@@ -40,8 +40,8 @@ def test_answers_do_not_change_the_run_and_a_resumed_run_has_them_once(
         (step, prompt) for step in (0, 3, 6, 9) for prompt in ("w1 w2", "w3")
     ]
     assert all(0 < line.num_tokens <= 6 for line in answers)
-    text = page(compare((RUN.path,)))
-    assert f"<bdi>{answers[-1].answer}</bdi>" in text
+    shown = str(page_content(compare((RUN.path,)))["sections"]["answers"])  # type: ignore[index]
+    assert repr(answers[-1].answer) in shown
 
 
 def test_answers_after_the_last_save_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Puts the page together: its HTML, and the files of assets/ that it is made of."""
 
-import gzip
 import html
 import json
 from functools import cache
@@ -9,20 +8,22 @@ from importlib import resources
 from fitune.language.chinese import CHINESE
 
 PLOTLY = "plotly-basic-4.1.1.min.js.gz"
-STYLES = ("board.css",)
+STYLES = ("board.css", "runs.css")
 #: in the order in which they run; `shell.js` defines the namespace that the others use
-SCRIPTS = ("shell.js", "plan.js", "runs.js")
+SCRIPTS = ("shell.js", "plan.js", "charts.js", "runs.js")
 #: the id of the element with the Chinese of the page's sentences
 WORDS_ID = "fitune-words"
 
 
 @cache
 def asset(name: str) -> str:
-    """Return the text of a style sheet or script of the page; "plotly.js" is plotly's bundle."""
-    if name == "plotly.js":
-        bundle = resources.files("fitune.report") / "assets" / PLOTLY
-        return gzip.decompress(bundle.read_bytes()).decode()
+    """Return the text of a style sheet or script of the page."""
     return (resources.files("fitune.board") / "assets" / name).read_text(encoding="utf-8")
+
+
+def plotly_gz() -> bytes:
+    """Return plotly's basic bundle (MIT) in gzip; its Python package has only the full bundle."""
+    return (resources.files("fitune.report") / "assets" / PLOTLY).read_bytes()
 
 
 def words() -> str:
@@ -37,10 +38,15 @@ def board_page() -> str:
     return document(f"{styles}{scripts}", title="fitune")
 
 
-def document(head: str, *, title: str, body: str = "") -> str:
-    """Return an HTML document that the scripts fill. head, body: HTML, which is not escaped."""
+def document(head: str, *, title: str, body: str = "", language: str = "") -> str:
+    """Return an HTML document that the scripts fill.
+
+    head, body: HTML, which is not escaped.
+    language: the page's only language; empty for a page whose reader may choose.
+    """
+    fixed = f' data-language="{language}"' if language else ""
     return f"""<!DOCTYPE html>
-<html lang="en">
+<html lang="{language or "en"}"{fixed}>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from fitune.board import planning, processes, runs
 from fitune.board.access import HOSTS, AccessCheck
-from fitune.board.page import SCRIPTS, STYLES, asset, board_page
+from fitune.board.page import SCRIPTS, STYLES, asset, board_page, plotly_gz
 from fitune.board.planner import Planner
 from fitune.board.processes import Launcher
 from fitune.boundary import is_debugging
@@ -106,7 +106,10 @@ def _page(request: Request) -> Response:
 
 def _asset(request: Request) -> Response:
     name = request.path_params["name"]
-    if name not in (*SCRIPTS, *STYLES, "plotly.js"):
+    if name == "plotly.js":
+        headers = {"content-encoding": "gzip"}
+        return Response(plotly_gz(), media_type="text/javascript", headers=headers)
+    if name not in (*SCRIPTS, *STYLES):
         return JSONResponse({"error": say("there is no such file")}, status_code=404)
     kind = "text/css" if name.endswith(".css") else "text/javascript"
     return Response(asset(name), media_type=kind)

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from fitune.board.offline import write_page
 from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
 from fitune.cli.output import OUTPUT, Format, make_directory, output_file, print_json, print_text
 from fitune.errors import UsageError
 from fitune.report.charts import pictures
 from fitune.report.compare import compare
-from fitune.report.page import write_page
 from fitune.report.png import write_png
 from fitune.run.directory import RunDirectory
 

@@ -7,15 +7,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fitune.cli.output import Format, console, print_json, print_text, table, warn
-from fitune.cli.watch_screen import progress_fraction, seconds_left
 from fitune.language import say
 from fitune.language.printable import printable_line
+from fitune.report.listing import list_run
 from fitune.run.directory import BEGIN_ONE, RunRecord, list_runs
-from fitune.run.follow import RunFollower, RunView
-from fitune.run.metrics import Summary, summary_json
+from fitune.run.metrics import summary_json
 from fitune.units import format_count, format_gib, format_seconds
 
-TAIL_BYTES = 2**18
 _COLOURS = {
     "running": "cyan",
     "finished": "green",
@@ -68,47 +66,20 @@ def _json(record: RunRecord) -> dict[str, object]:
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    summary = record.summary or Summary()
-    # The summary of such a run is as old as its last save.
-    if record.state in ("running", "crashed"):
-        view = RunFollower(record.run, tail_bytes=TAIL_BYTES).read()
-        if view.steps:
-            return _unsaved_row(view, summary)
-    return (
-        printable_line(record.run.name),
-        say(record.state),
-        f"{summary.steps:,}" if record.summary else "n/a",
-        _loss(summary.train_loss),
-        _loss(summary.eval_loss),
-        format_gib(summary.peak_bytes),
-        format_count(summary.tokens_per_second),
-        _ago(record),
-    )
-
-
-def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
-    """Return the row of a run whose metrics are newer than its summary."""
-    record, last, done = view.record, view.steps[-1], progress_fraction(view)
-    is_on = record.state == "running"
+    run = list_run(record)
+    is_on, done = record.state == "running", run.progress_fraction
     return (
         printable_line(record.run.name),
         f"{say('running')} {done:.0%}" if is_on and done is not None else say(record.state),
-        f"{last.step:,}",
-        _loss(last.loss),
-        _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
-        format_gib(_peak_bytes(view, summary)),
-        format_count(
-            last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second
-        ),
-        say("{time} left", time=format_seconds(seconds_left(view))) if is_on else _ago(record),
+        "n/a" if run.steps is None else f"{run.steps:,}",
+        _loss(run.train_loss),
+        _loss(run.eval_loss),
+        format_gib(run.peak_bytes),
+        format_count(run.tokens_per_second),
+        say("{time} left", time=format_seconds(run.seconds_left))
+        if is_on and run.seconds_left is not None
+        else _ago(record),
     )
-
-
-def _peak_bytes(view: RunView, summary: Summary) -> int | None:
-    """Return the peak memory up to the last step, defined like `Summary.peak_bytes`."""
-    reserved = (summary.peak_reserved_bytes, *(step.peak_reserved_bytes for step in view.steps))
-    device = (summary.peak_device_bytes, *(step.device_used_bytes for step in view.steps))
-    return max(filter(None, reserved), default=None) or max(filter(None, device), default=None)
 
 
 def _ago(record: RunRecord) -> str:

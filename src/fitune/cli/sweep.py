@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from fitune.board.offline import write_page
 from fitune.cli.arguments import ConfigArguments
 from fitune.cli.compare import show_comparison
 from fitune.cli.output import Format, console, print_aside, print_json, print_text, warn
@@ -22,7 +23,6 @@ from fitune.language import translated
 from fitune.planning.plan import plan_json
 from fitune.planning.search import choose_plan
 from fitune.report.compare import Comparison, compare
-from fitune.report.page import write_page
 from fitune.report.tables import comparison_json
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.files import write_json

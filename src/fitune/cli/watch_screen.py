@@ -20,10 +20,10 @@ from fitune.language.printable import printable, printable_line
 from fitune.run.follow import RunView
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import as_json
+from fitune.run.progress import known_total_steps, progress_fraction, seconds_left
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 STATE_STYLES = {"running": "bold cyan", "finished": "bold green", "stopped": "bold yellow"}
-ETA_WINDOW_SECONDS = 600.0
 SILENCE_SECONDS = 15.0
 SPEED_STEPS = 20
 MIN_EVENT_LINES = 6
@@ -77,7 +77,7 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
 
 def watch_json(view: RunView, *, now: float) -> dict[str, object]:
     """Return the content of the screen as a JSON object: sizes in bytes, None for unknown."""
-    progress = progress_fraction(view)
+    progress = progress_of(view)
     return {
         "run": str(view.record.run.path),
         "state": view.record.state,
@@ -85,7 +85,7 @@ def watch_json(view: RunView, *, now: float) -> dict[str, object]:
         "progress_fraction": progress,
         "total_steps": _total_steps(view),
         "seconds": _elapsed_seconds(view, now),
-        "seconds_left": seconds_left(view),
+        "seconds_left": seconds_left(view.record, view.samples),
         "budget_bytes": view.budget_bytes,
         "device": view.device_name,
         "memory": {
@@ -182,11 +182,11 @@ def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     line.append(f"  {say(record.state)}", style=STATE_STYLES.get(record.state, "bold red"))
     line.append(f"  {format_seconds(_elapsed_seconds(view, now))}")
     step = view.steps[-1].step if view.steps else 0
-    total, progress = _total_steps(view), progress_fraction(view)
+    total, progress = _total_steps(view), progress_of(view)
     of = "" if total is None or progress is None else f"/{total:,} ({progress:.1%})"
     place = f"  {say('step')} {step:,}{of}"
     if record.state == "running":
-        place += f"  {say('left')} {format_seconds(seconds_left(view))}"
+        place += f"  {say('left')} {format_seconds(seconds_left(view.record, view.samples))}"
     if line.cell_len + cell_len(place) > width:
         yield line
         yield Text(place.strip())
@@ -405,24 +405,17 @@ def _wrapped(message: str, width: int) -> list[str]:
     return lines
 
 
-def progress_fraction(view: RunView) -> float | None:
+def progress_of(view: RunView) -> float | None:
     """Return the share of the run (0 to 1) that is done, or None if unknown."""
-    if view.record.state == "finished":
-        return 1.0
-    if (known := _known_total_steps(view)) is not None:
-        return min(view.steps[-1].step / known, 1.0) if view.steps else 0.0
-    return view.samples[-1].progress_fraction if view.samples else None
-
-
-def _known_total_steps(view: RunView) -> int | None:
-    return None if view.record.summary is None else view.record.summary.total_steps
+    last_step = view.steps[-1].step if view.steps else None
+    return progress_fraction(view.record, last_step, view.samples)
 
 
 def _total_steps(view: RunView) -> int | None:
     """Return the number of steps that the run recorded, else an estimate from its progress."""
     if view.record.state == "finished":
         return view.steps[-1].step if view.steps else None
-    if (known := _known_total_steps(view)) is not None:
+    if (known := known_total_steps(view.record)) is not None:
         return known
     # Use the step of the same sample, because the metrics may be newer.
     newest = view.samples[-1] if view.samples else None
@@ -437,28 +430,6 @@ def _elapsed_seconds(view: RunView, now: float) -> float | None:
         if view.seconds is None
         else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
     )
-
-
-def seconds_left(view: RunView) -> float | None:
-    """Return the remaining time at the speed of the last minutes, with evaluations and saves."""
-    if view.record.state != "running" or not view.samples:
-        return None
-    newest = view.samples[-1]
-    changes: list[MemorySample] = []
-    for sample in view.samples:
-        if sample.progress_fraction is None or newest.time - sample.time > ETA_WINDOW_SECONDS:
-            continue
-        if changes and sample.progress_fraction < (changes[-1].progress_fraction or 0):
-            changes.clear()  # the run was resumed from an earlier step
-        if not changes or sample.step != changes[-1].step:
-            changes.append(sample)
-    if len(changes) < 2:
-        return None
-    first, last = changes[0], changes[-1]
-    assert first.progress_fraction is not None
-    assert last.progress_fraction is not None
-    speed = (last.progress_fraction - first.progress_fraction) / (last.time - first.time)
-    return (1 - last.progress_fraction) / speed - (newest.time - last.time) if speed > 0 else None
 
 
 def _right(text: str, width: int) -> str:

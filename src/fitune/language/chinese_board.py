@@ -91,6 +91,20 @@ _PLAN: dict[str, str] = {
 }
 
 #: of the Runs view
-_RUNS: dict[str, str] = {}
+_RUNS: dict[str, str] = {
+    "Report": "报告",
+    "this chart could not be drawn": "这张图未能画出",
+    "larger or smaller": "放大或缩小",
+    "all that the comparison shows": "比较的全部结论",
+    "runs in the charts": "图中的运行",
+    "click: show or hide; double click: this one alone": "单击：显示或隐藏；双击：只看这一个",
+    "by": "横轴",
+    "logarithmic": "对数",
+    "compare": "比较",
+    "Stop after this step": "本步之后停止",
+    "Resume": "继续训练",
+    "reading the runs …": "正在读取运行……",
+    "Save as one file": "存为单个文件",
+}
 
 BOARD: dict[str, str] = {**_SHELL, **_PLAN, **_RUNS}

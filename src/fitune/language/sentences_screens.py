@@ -1,6 +1,8 @@
 """Lines of screens: what stands before a sentence, headings, and phrases that are put together with others."""
 
 SCREENS: dict[str, str] = {
+    "{name} is no run in {place}: choose one of the list": "{place} 中没有运行 {name}：请从列表中选择",
+    "no run is chosen: choose one of the list": "没有选择运行：请从列表中选择",
     "note   {told}": "提示   {told}",
     "warn   {told}": "警告   {told}",
     "run    {path:w}": "运行   {path}",

@@ -1,38 +1,38 @@
 """Describes the pictures of a comparison as data: series with their axes.
 
-`page.py` draws a Picture with plotly, `png.py` with matplotlib. The colours are the eight of Okabe
-and Ito, which are distinguishable with any kind of colour blindness; runs differ in their dashes
-too. A picture has at most MAX_POINTS points over all runs, and thinning keeps every extreme.
+The page draws a Picture with plotly (`board/assets/charts.js`), `png.py` with matplotlib. The
+colours are the eight of Okabe and Ito, which are distinguishable with any kind of colour blindness;
+runs differ in their dashes too. A picture has about MAX_POINTS points over all runs, and thinning
+keeps every extreme.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fitune.language import say
+from fitune.language import say, translated
 from fitune.report.compare import Comparison
-from fitune.report.run_figures import planned_candidate
 from fitune.report.run_on_disk import Curve, RecordedRun
 from fitune.report.thin import thin, thin_all
-from fitune.units import GIB
+from fitune.units import GIB, format_count
 
-Kind = Literal["line", "faint", "area", "marks", "bars", "points"]
-#: the parts of the page that have pictures
-Section = Literal["comparison", "loss", "memory", "peak", "data"]
+Kind = Literal["line", "marked line", "faint", "area", "marks", "bars", "points", "interval"]
 Numbers = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-MAX_POINTS = 6000
+MAX_POINTS = 4000
+#: of one run in one chart: about two for each pixel of its usual width
+MOST_RUN_POINTS = 500
+FEWEST_RUN_POINTS = 30
 MOST_TIMELINES = 4
-#: the half-life of the smoothed loss as a fraction of the run, so that runs of equal tokens are
-#: smoothed equally
+MOST_TIMELINE_POINTS = 1600
+#: of more runs than these, single steps are not drawn behind their moving average
+MOST_FAINT = 8
+#: the half-life of a moving average as a fraction of the run
 SMOOTHED_FRACTION = 0.03
-_CATEGORIES = (
-    "parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,19 @@ class Series:
     x: Mapping[str, Sequence[Any] | Numbers]
     y: Numbers
     kind: Kind = "line"
+    #: which run of the comparison it shows; None if it shows a part of one
+    run: int | None = None
     #: an index into COLOURS
     colour: int = 0
     #: the number of the line's dash pattern
     dash: int = 0
-    #: of points, between 0 and 1
-    sizes: Numbers | None = None
+    #: of a point, between 0 and 1
+    size: float = 0.0
     #: a text for each point
     labels: tuple[str, ...] = ()
+    #: the ends of an interval
+    low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,6 @@ class Picture:
 
     #: the name of the picture in the page and of its file
     key: str
-    #: the part of the page that it is in
-    section: Section
     title: str
     #: the horizontal axes: name -> title
     axes: Mapping[str, str]
@@ -70,170 +73,246 @@ class Picture:
     #: (label, y) of horizontal lines
     lines: tuple[tuple[str, float], ...] = ()
     #: whether the vertical axis begins at zero, as for bytes and counts
-    from_zero: bool = True
+    from_zero: bool = False
+    #: how to read the picture, if its title does not tell
+    note: str = ""
     #: what the picture shows, as text for users who cannot see it
     says: str = field(default="")
 
 
-def pictures(comparison: Comparison) -> list[Picture]:
-    """Return the pictures for which there is data, in the order of the page."""
-    runs = [row.run for row in comparison.rows]
-    found = [
-        loss_picture(comparison),
-        *(memory_picture(run, most_points=MAX_POINTS // 2) for run in runs[:MOST_TIMELINES]),
-        predicted_picture(comparison),
-        *(microscope_picture(run) for run in runs[:MOST_TIMELINES]),
-        pareto_picture(comparison),
-        lengths_picture(runs),
-        curve_picture(runs, "lr", title=say("Learning rate"), y_title=say("learning rate")),
-        curve_picture(
-            runs,
-            "grad_norm",
-            title=say("Gradient norm before clipping"),
-            y_title=say("norm"),
-            from_zero=False,
-        ),
-        curve_picture(
-            runs,
-            "margin",
-            title=say("Margin of a pair"),
-            y_title=say("reward"),
-            from_zero=False,
-        ),
-        curve_picture(
-            runs, "pair_accuracy", title=say("Chosen answers preferred"), y_title=say("share")
-        ),
-        noise_picture(runs),
-    ]
-    return [picture for picture in found if picture is not None and picture.series]
+@dataclass(frozen=True, slots=True)
+class CurveChart:
+    """A chart of one column of the metrics: a line for each run."""
+
+    column: str
+    title: str
+    y_title: str
+    #: the column's values are multiplied by this
+    scale: float = 1.0
+    #: whether the values are drawn faintly, under their moving average
+    is_smoothed: bool = False
+    from_zero: bool = False
+    #: the column is one of the evaluations
+    of_evals: bool = False
+    note: str = ""
 
 
-def loss_picture(comparison: Comparison) -> Picture | None:
-    ran = [row.run for row in comparison.rows if row.run.num_steps or len(row.run.evals["step"])]
-    if not ran:
-        return None
-    share = max(MAX_POINTS // (2 * len(ran)), 40)
-    series = [each for index, run in enumerate(ran) for each in _loss_series(run, index, share)]
-    return Picture(
-        key="loss",
-        section="loss",
-        from_zero=False,
-        title=say("Loss"),
-        axes=_known_axes(series),
-        y_title=say("nats per token"),
-        series=tuple(series),
-        says=say(
-            "Training loss, raw and smoothed, and loss on the held-out samples, of {num} runs",
-            num=len(ran),
-        ),
-    )
+#: of one run: the key of a chart -> what the run draws in it
+RunSeries = Mapping[str, tuple[Series, ...]]
 
 
-def curve_picture(
-    runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str, from_zero: bool = True
-) -> Picture | None:
-    """Draw a column of the runs' metrics, step by step.
-
-    name: the column's name in metrics.jsonl.
-    """
-    known = [(index, run) for index, run in enumerate(runs) if np.isfinite(run.train[name]).any()]
-    share = max(MAX_POINTS // (4 * max(len(known), 1)), 40)
-    series = []
-    for index, run in known:
-        rows = thin(run.train[name], share)
-        series.append(
-            Series(run.name, _axes(run.train, rows), run.train[name][rows], "line", index, index)
-        )
-    if not series:
-        return None
-    return Picture(
-        key=name,
-        section="loss",
-        from_zero=from_zero,
-        title=title,
-        axes=_known_axes(series),
-        y_title=y_title,
-        series=tuple(series),
-        says=say("{title} of each step, of {num} runs", title=title, num=len(series)),
-    )
-
-
-def _known_axes(series: Sequence[Series]) -> dict[str, str]:
-    """Return the horizontal axes, name -> title, for which all series have values."""
-    axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
+def _curve_charts() -> dict[str, CurveChart]:
+    """Return the charts that overlay the runs, by their key, in the order of the page."""
+    nats, gib = say("nats per token"), 1 / GIB
     return {
-        axis: title
-        for axis, title in axes.items()
-        if all(np.isfinite(each.x[axis]).any() for each in series)
+        "loss": CurveChart("loss", say("Training loss"), nats, is_smoothed=True),
+        "eval_loss": CurveChart("eval_loss", say("Evaluation loss"), nats, of_evals=True),
+        "lr": CurveChart("lr", say("Learning rate"), say("learning rate"), from_zero=True),
+        "grad_norm": CurveChart(
+            "grad_norm", say("Gradient norm before clipping"), say("norm"), is_smoothed=True
+        ),
+        "tokens_per_second": CurveChart(
+            "tokens_per_second", say("Speed"), say("tokens/s"), is_smoothed=True, from_zero=True
+        ),
+        "step_memory": CurveChart(
+            "", say("Peak memory of each step"), "GiB", scale=gib, from_zero=True
+        ),
+        "noise": CurveChart(
+            "noise_scale_tokens",
+            say("Noise scale of the gradient"),
+            say("tokens a step"),
+            note=say("the batch beyond which more samples a step stop paying"),
+        ),
+        "margin": CurveChart("margin", say("Margin of a pair"), say("reward"), is_smoothed=True),
+        "pair_accuracy": CurveChart(
+            "pair_accuracy", say("Chosen answers preferred"), say("share"), is_smoothed=True
+        ),
     }
 
 
-def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
-    loss = run.train["loss"]
-    if len(loss):
-        rows = thin(loss, share)
-        smooth = smoothed(loss, 0.5 ** (1 / max(len(loss) * SMOOTHED_FRACTION, 1)))
-        yield Series(run.name, _axes(run.train, rows), loss[rows], "faint", index, index)
-        rows = thin(smooth, share)
-        name = say("{name} train, smoothed", name=run.name)
-        yield Series(name, _axes(run.train, rows), smooth[rows], "line", index, index)
-    if len(run.evals["step"]):
-        rows = thin(run.evals["eval_loss"], 200)
-        name = say("{name} eval", name=run.name)
-        yield Series(
-            name, _axes(run.evals, rows), run.evals["eval_loss"][rows], "marks", index, index
-        )
+def run_series(run: RecordedRun, num_runs: int) -> RunSeries:
+    """Return what a run draws in the charts that overlay the runs.
+
+    num_runs: how many runs share a chart; each gets fewer points where there are many.
+    """
+    share = max(min(MAX_POINTS // num_runs, MOST_RUN_POINTS), FEWEST_RUN_POINTS)
+    found = {}
+    for key, chart in _curve_charts().items():
+        column = chart.column or _peak_column(run)
+        curve = run.evals if chart.of_evals else run.train
+        if np.isfinite(curve[column]).any():
+            values = curve[column] * chart.scale
+            is_faint = chart.is_smoothed and num_runs <= MOST_FAINT
+            found[key] = tuple(_lines(run.name, curve, values, chart, share, is_faint))
+    return found
 
 
-def _axes(curve: Curve, rows: npt.NDArray[np.int64]) -> dict[str, Numbers]:
-    return {
+def _lines(
+    name: str, curve: Curve, values: Numbers, chart: CurveChart, share: int, is_faint: bool
+) -> Iterator[Series]:
+    rows = thin(values, share)
+    axes = {
         "step": curve["step"][rows],
         "tokens": curve["total_tokens"][rows],
         "hours": curve["seconds"][rows] / 3600,
     }
+    if not chart.is_smoothed:
+        yield Series(name, axes, values[rows], "marked line" if chart.of_evals else "line")
+        return
+    if is_faint:
+        yield Series(name, axes, values[rows], "faint")
+    yield Series(name, axes, smoothed(values)[rows], "line")
 
 
-def smoothed(values: Numbers, factor: float) -> Numbers:
+def _peak_column(run: RecordedRun) -> str:
+    """Return the column with the most memory that the run recorded for each step."""
+    names = ("device_used_bytes", "peak_reserved_bytes", "peak_allocated_bytes")
+    return next((name for name in names if np.isfinite(run.train[name]).any()), names[0])
+
+
+def pictures(comparison: Comparison, drawn: Mapping[str, RunSeries] | None = None) -> list[Picture]:
+    """Return the pictures for which there is data, in the order of the page.
+
+    drawn: what `run_series` returned, for the path of each run; None to compute it.
+    """
+    runs = [row.run for row in comparison.rows]
+    if drawn is None:
+        drawn = {run.path: run_series(run, len(runs)) for run in runs}
+    charts = {
+        key: _curve_picture(key, chart, comparison, drawn) for key, chart in _curve_charts().items()
+    }
+    found = [
+        charts.pop("loss"),
+        charts.pop("eval_loss"),
+        interval_picture(comparison),
+        *charts.values(),
+        pareto_picture(comparison),
+        *(memory_picture(run) for run in runs[:MOST_TIMELINES]),
+        lengths_picture(runs),
+    ]
+    return [picture for picture in found if picture is not None and picture.series]
+
+
+def _curve_picture(
+    key: str, chart: CurveChart, comparison: Comparison, drawn: Mapping[str, RunSeries]
+) -> Picture:
+    series = [
+        replace(each, name=row.name, run=index, colour=index, dash=index)
+        for index, row in enumerate(comparison.rows)
+        for each in drawn[row.run.path].get(key, ())
+    ]
+    lines: tuple[tuple[str, float], ...] = ()
+    if key == "step_memory":
+        # a limit that the runs do not share would be read as that of all
+        limits = {tuple(_limits(row.run, None)) for row in comparison.rows}
+        lines = limits.pop() if len(limits) == 1 else ()
+    axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
+    return Picture(
+        key=key,
+        title=chart.title,
+        axes={
+            axis: title
+            for axis, title in axes.items()
+            if all(np.isfinite(each.x[axis]).any() for each in series)
+        },
+        y_title=chart.y_title,
+        series=tuple(series),
+        lines=lines,
+        from_zero=chart.from_zero,
+        note=chart.note,
+        says=say("{title} of each step, of {num} runs", title=chart.title, num=len(drawn)),
+    )
+
+
+def interval_picture(comparison: Comparison) -> Picture | None:
+    """Draw the differences of the eval losses to the first run, with their intervals."""
+    rows = [
+        (index, row, row.eval_difference)
+        for index, row in enumerate(comparison.rows)
+        if row.eval_difference is not None
+    ]
+    if not rows or comparison.tokens is None:
+        return None
+    series = [
+        Series(
+            row.name,
+            {"x": [row.name]},
+            np.array([found.mean]),
+            "interval",
+            run=index,
+            colour=index,
+            low=found.low,
+            high=found.high,
+        )
+        for index, row, found in rows
+    ]
+    return Picture(
+        key="intervals",
+        title=say("Difference of the evaluation loss"),
+        note=say(
+            "to {name}, at {tokens} tokens; bars are 95 %",
+            name=comparison.rows[0].name,
+            tokens=format_count(comparison.tokens),
+        ),
+        axes={"x": say("run")},
+        y_title=say("nats per token"),
+        series=tuple(series),
+        lines=((comparison.rows[0].name, 0.0),),
+        says="; ".join(
+            f"{row.name}: {found.mean:+.4f} ({found.low:+.4f}, {found.high:+.4f})"
+            for _, row, found in rows
+        ),
+    )
+
+
+def smoothed(values: Numbers) -> Numbers:
     """Return the exponential moving average, with the bias correction of Adam.
 
+    Its half-life is a fraction of the run, so that runs of equal tokens are smoothed equally.
     Values that are not finite are skipped.
     """
-    found = np.full(len(values), np.nan)
-    mean = weight = 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            mean, weight = factor * mean + (1 - factor) * value, factor * weight + (1 - factor)
-        found[index] = mean / weight if weight else np.nan
-    return found
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return np.full(len(values), np.nan)
+    factor = 0.5 ** (1 / max(len(values) * SMOOTHED_FRACTION, 1))
+    # in blocks, because the powers of a whole run would underflow
+    block = max(int(np.log(1e-9) / np.log(factor)), 1)
+    powers = factor ** np.arange(1, block + 1)
+    means, mean = np.empty(len(known)), 0.0
+    for start in range(0, len(known), block):
+        part = values[known[start : start + block]]
+        power = powers[: len(part)]
+        means[start : start + block] = power * (mean + (1 - factor) * np.cumsum(part / power))
+        mean = means[min(start + block, len(known)) - 1]
+    means /= 1 - factor ** np.arange(1, len(known) + 1)
+    place = np.searchsorted(known, np.arange(len(values)), side="right") - 1
+    return np.where(place < 0, np.nan, means[np.maximum(place, 0)])
 
 
-def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
-    """Draw the memory over time, stacked by what occupies it.
-
-    The data is memory.jsonl; if there is none, the peaks of the steps are drawn.
-    """
+def memory_picture(run: RecordedRun) -> Picture | None:
+    """Draw the memory over time, stacked by what occupies it, from memory.jsonl."""
     curve = run.memory
-    totals = curve["device_total_bytes"]
-    card = np.nanmax(totals) if np.isfinite(totals).any() else None
-    layers = dict(_layers(curve))
+    layers = {name: sizes for name, sizes in _layers(curve) if sizes.any()}
     if not layers:
-        return _step_peaks(run, most_points)
-    rows = thin_all([np.sum(list(layers.values()), axis=0), *layers.values()], most_points)
+        return None
+    totals = curve["device_total_bytes"]
+    card = float(np.nanmax(totals)) if np.isfinite(totals).any() else None
+    total = np.sum(list(layers.values()), axis=0)
+    rows = thin_all([total, *layers.values()], MOST_TIMELINE_POINTS)
     minutes = curve["seconds"][rows] / 60
     series = [
-        Series(name, {"x": minutes}, sizes[rows] / GIB, "area", index)
+        Series(name, {"x": minutes}, sizes[rows] / GIB, "area", colour=index)
         for index, (name, sizes) in enumerate(layers.items())
     ]
-    total = np.sum(list(layers.values()), axis=0)
     series += _event_marks(run, minutes, total[rows] / GIB)
     return Picture(
         key=f"memory-{run.name}",
-        section="memory",
-        title=say("Memory over time: {name}", name=run.name),
+        title=say("Memory by class: {name}", name=run.name),
         axes={"x": say("minutes")},
         y_title="GiB",
         series=tuple(series),
         lines=tuple(_limits(run, card)),
+        from_zero=True,
         says=say("Memory over time, highest {peak} GiB", peak=f"{np.nanmax(total) / GIB:.2f}"),
     )
 
@@ -241,63 +320,36 @@ def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
 def _layers(curve: Curve) -> Iterator[tuple[str, Numbers]]:
     """Yield the layers of the stack from the bottom, as (name, bytes).
 
-    On a card: the model's state, other allocated memory, PyTorch's cache, other processes. On a
-    CPU: the model's state and the rest of the process.
+    They are the classes that `fitune watch` shows, at their highest since the sample before.
     """
     if not len(curve["seconds"]):
         return
-    zero = np.zeros(len(curve["seconds"]))
+
+    def known(name: str) -> Numbers:
+        return np.nan_to_num(curve[f"{name}_bytes"])
 
     def highest(name: str) -> Numbers:
-        return np.fmax(curve[name], curve[f"peak_{name}"])
+        return np.nan_to_num(np.fmax(curve[f"{name}_bytes"], curve[f"peak_{name}_bytes"]))
 
-    allocated, reserved, process = (
-        highest(f"{name}_bytes") for name in ("allocated", "reserved", "process")
-    )
-    state = np.nan_to_num(curve["state_bytes"])
-    if np.isfinite(allocated).any():
-        allocated, reserved = np.nan_to_num(allocated), np.nan_to_num(reserved)
-        state = np.minimum(state, allocated)
-        yield say("parameters, gradients, optimizer"), state
-        yield say("activations and the rest"), allocated - state
-        yield say("cache (reserved - allocated)"), np.maximum(reserved - allocated, zero)
-    elif np.isfinite(process).any():
-        process = np.nan_to_num(process)
-        state = np.minimum(state, process)
-        yield say("parameters, gradients, optimizer"), state
-        yield say("the rest of the process"), process - state
-    else:
-        return
-    if np.isfinite(curve["other_processes_bytes"]).any() and np.isfinite(allocated).any():
-        yield say("other processes"), np.nan_to_num(curve["other_processes_bytes"])
-
-
-def _step_peaks(run: RecordedRun, most_points: int) -> Picture | None:
-    names = {
-        "peak_allocated_bytes": say("allocated"),
-        "peak_reserved_bytes": say("reserved"),
-        "device_used_bytes": say("process"),
-    }
-    known = [name for name in names if np.isfinite(run.train[name]).any()]
-    if not known:
-        return None
-    rows = thin_all([run.train[name] for name in known], most_points)
-    steps = {"x": run.train["step"][rows]}
-    series = [
-        Series(names[name], steps, run.train[name][rows] / GIB, "line", index, index)
-        for index, name in enumerate(known)
-    ]
-    highest = max(float(np.nanmax(run.train[name])) for name in known)
-    return Picture(
-        key=f"memory-{run.name}",
-        section="memory",
-        title=say("Peak memory of each step: {name}", name=run.name),
-        axes={"x": say("step")},
-        y_title="GiB",
-        series=tuple(series),
-        lines=tuple(_limits(run, None)),
-        says=say("Peak memory of each step, highest {peak} GiB", peak=f"{highest / GIB:.2f}"),
-    )
+    zero = np.zeros(len(curve["seconds"]))
+    if np.isfinite(curve["allocated_bytes"]).any():
+        allocated, reserved, others = (
+            highest("allocated"), highest("reserved"), known("other_processes")
+        )  # fmt: skip
+        state = np.minimum(known("state"), allocated)
+        yield say("weights, gradients, optimizer"), state
+        yield say("activations, temporaries"), allocated - state
+        yield say("cache (reserved, not in use)"), np.maximum(reserved - allocated, zero)
+        context = known("device_used") - others - known("reserved")
+        yield say("CUDA context"), np.maximum(context, zero)
+        yield say("other processes"), others
+    elif np.isfinite(curve["process_bytes"]).any():
+        process = highest("process")
+        program = np.minimum(known("program"), process)
+        state = np.minimum(known("state"), process - program)
+        yield say("program"), program
+        yield say("weights, gradients, optimizer"), state
+        yield say("activations, temporaries"), process - program - state
 
 
 def _limits(run: RecordedRun, card_bytes: float | None) -> Iterator[tuple[str, float]]:
@@ -325,68 +377,28 @@ def _event_marks(run: RecordedRun, minutes: Numbers, top: Numbers) -> list[Serie
     if run.started is None or not run.events or not len(minutes):
         return []
     times = np.array([(event.time - run.started) / 60 for event in run.events[-200:]])
-    labels = tuple(f"{event.kind}: {event.message}"[:120] for event in run.events[-200:])
+    labels = tuple(
+        f"{say(event.kind)}: {translated(event.message)}"[:120] for event in run.events[-200:]
+    )
     heights = np.interp(times, minutes, top)
-    return [Series(say("events"), {"x": times}, heights, "marks", 5, labels=labels)]
-
-
-def predicted_picture(comparison: Comparison) -> Picture | None:
-    rows = [row for row in comparison.rows if row.prediction_error is not None]
-    names = [row.name for row in rows]
-    sides = (
-        (say("predicted"), [row.predicted_bytes or 0 for row in rows]),
-        (say("measured"), [row.measured_bytes or 0 for row in rows]),
-    )
-    series = [
-        Series(name, {"x": names}, np.array(sizes, float) / GIB, "bars", index)
-        for index, (name, sizes) in enumerate(sides)
-    ]
-    if not rows:
-        return None
-    return Picture(
-        key="predicted",
-        section="memory",
-        title=say("Peak memory of the predicted step, and as measured in it"),
-        axes={"x": say("run")},
-        y_title="GiB",
-        series=tuple(series),
-        says="; ".join(f"{row.name}: {row.prediction_error:+.1%}" for row in rows),
-    )
-
-
-def microscope_picture(run: RecordedRun) -> Picture | None:
-    """Draw the tensors that are predicted to be live at the peak, by category.
-
-    The prediction is that of the run's own samples, else the plan's for the longest samples.
-    """
-    peak = run.peak or planned_candidate(run) or {}
-    categories = peak.get("categories")
-    if not isinstance(categories, Mapping):
-        return None
-    known = [(name, float(categories[name])) for name in _CATEGORIES if categories.get(name)]
-    phase = str(peak.get("peak_phase", "n/a"))
-    names, sizes = [name for name, _ in known], np.array([size for _, size in known])
-    series = Series("", {"x": names}, sizes / GIB, "bars", 0)
-    return Picture(
-        key=f"microscope-{run.name}",
-        section="peak",
-        title=say("Alive at the peak, in {phase}: {name}", phase=phase, name=run.name),
-        axes={"x": say("category")},
-        y_title="GiB",
-        series=(series,) if known else (),
-        says="; ".join(f"{name}: {size / GIB:.2f} GiB" for name, size in known),
-    )
+    return [Series(say("events"), {"x": times}, heights, "marks", colour=5, labels=labels)]
 
 
 def pareto_picture(comparison: Comparison) -> Picture | None:
-    """Draw the peak memory against the eval loss; the size of a point is the speed of the run."""
-    rows = [row for row in comparison.rows if row.peak_bytes and (row.eval_loss or row.train_loss)]
-    if len(rows) < 2:
+    """Draw the peak memory against the eval loss; the size of a point is the speed of the run.
+
+    Of two runs the table says as much.
+    """
+    rows = [
+        (index, row)
+        for index, row in enumerate(comparison.rows)
+        if row.peak_bytes and (row.eval_loss or row.train_loss)
+    ]
+    if len(rows) < 3:
         return None
-    speeds = np.array([row.tokens_per_second or 0.0 for row in rows])
-    sizes = speeds / speeds.max() if speeds.max() > 0 else np.ones(len(rows))
+    fastest = max(row.tokens_per_second or 0.0 for _, row in rows) or 1.0
     series = []
-    for index, row in enumerate(rows):
+    for index, row in rows:
         speed = "n/a" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
         series.append(
             Series(
@@ -394,22 +406,20 @@ def pareto_picture(comparison: Comparison) -> Picture | None:
                 {"x": np.array([(row.peak_bytes or 0) / GIB])},
                 np.array([row.eval_loss if row.eval_loss is not None else row.train_loss or 0.0]),
                 "points",
-                index,
-                sizes=sizes[index : index + 1],
+                run=index,
+                colour=index,
+                size=(row.tokens_per_second or 0.0) / fastest,
                 labels=(f"{row.name}: {speed} tokens/s",),
             )
         )
     return Picture(
         key="pareto",
-        section="comparison",
-        from_zero=False,
-        title=say(
-            "Peak against loss; a larger point is faster; * nothing else is better all round"
-        ),
+        title=say("Peak against loss"),
+        note=say("a larger point is faster; * nothing else is better all round"),
         axes={"x": say("peak GiB")},
         y_title=say("eval loss"),
         series=tuple(series),
-        says="; ".join(row.name for row in rows if row.on_front),
+        says="; ".join(row.name for _, row in rows if row.on_front),
     )
 
 
@@ -427,38 +437,15 @@ def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
     waste = ", ".join(f"{name} {value:.2f} x" for name, value in padding.items())
     return Picture(
         key="lengths",
-        section="data",
-        title=say(
-            "Tokens of a sample; tokens computed, padding included, for a real one: {waste}",
-            waste=waste or "n/a",
+        title=say("Lengths of the samples"),
+        note=say(
+            "tokens computed, padding included, for a real one: {waste}", waste=waste or "n/a"
         ),
         axes={"x": say("tokens")},
         y_title=say("samples"),
-        series=(Series("", {"x": middles}, np.array(counts, float), "bars", 0),),
+        from_zero=True,
+        series=(Series("", {"x": middles}, np.array(counts, float), "bars"),),
         says=say(
             "Lengths of the training samples, cut at {length}", length=data.get("max_length", "n/a")
         ),
-    )
-
-
-def noise_picture(runs: Sequence[RecordedRun]) -> Picture | None:
-    """Draw the noise scale of the gradient over the run, in tokens."""
-    series = []
-    for index, run in enumerate(runs):
-        scale = run.train["noise_scale_tokens"]
-        if np.isfinite(scale).any():
-            rows = thin(scale, max(MAX_POINTS // (4 * len(runs)), 40))
-            tokens = {"x": run.train["total_tokens"][rows]}
-            series.append(Series(run.name, tokens, scale[rows], "line", index, index))
-    if not series:
-        return None
-    return Picture(
-        key="noise",
-        section="loss",
-        from_zero=False,
-        title=say("Noise scale: the batch beyond which more samples a step stop paying"),
-        axes={"x": say("tokens")},
-        y_title=say("tokens a step"),
-        series=tuple(series),
-        says=say("Noise scale over the run, of {num} runs", num=len(series)),
     )

@@ -77,12 +77,14 @@ def _draw(plot: Any, series: Series, *, axis: str, bars: list[Series]) -> None:
         case "marks":
             plot.plot(x, series.y, "D", markersize=4, **style)
         case "points":
-            sizes = 40 + 160 * (
-                series.sizes if series.sizes is not None else np.zeros(len(series.y))
-            )
-            plot.scatter(x, series.y, s=sizes, **style)
+            plot.scatter(x, series.y, s=40 + 160 * series.size, **style)
+        case "interval":
+            ends = [[series.y[0] - series.low], [series.high - series.y[0]]]
+            plot.errorbar(x, series.y, ends, fmt="o", capsize=4, **style)
         case "faint":
             plot.plot(x, series.y, color=_colour(series), alpha=0.25, linewidth=0.8)
+        case "marked line":
+            plot.plot(x, series.y, "o-", markersize=4, linewidth=1.4, **style)
         case _:
             plot.plot(x, series.y, _DASHES[series.dash % len(_DASHES)], linewidth=1.4, **style)
 

@@ -1,21 +1,22 @@
-"""Defines a recorded run, of fitune or of another trainer, and reads it.
+"""Defines a recorded run, of fitune or of another trainer, and reads run directories.
 
-    read_fitune_run(path)   reads a run directory
-    read_report(path)       reads the runs that a report.html contains
+    read_fitune_run(path)   reads a run directory once
+    RunReader(path).read()  reads it again and again, each time only what its files gained
 
-`sources.py` finds out what a path is, and `other_trainers.py` reads the runs of other trainers.
+`sources.py` finds out what a path is, `embedded.py` reads the runs that a report contains, and
+`other_trainers.py` the runs of other trainers. `watch` follows the same files (`run/follow.py`).
 
 A curve is a mapping of columns: float64 arrays of one length, with nan for unknown values. Names
 and units are those of `run/metrics.py`, but `seconds` is the time of training since the run began.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +24,21 @@ import numpy.typing as npt
 from fitune.boundary import parse_json
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
-from fitune.plain_files import MAX_LOG_BYTES, read_plain
-from fitune.report.thin import thin_all
+from fitune.plain_files import read_plain
 from fitune.run.answers import EvalAnswer, read_answers
-from fitune.run.directory import read_run
+from fitune.run.directory import open_run, read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
+from fitune.run.growing_file import RunFiles
+from fitune.run.memory import MemorySample
 from fitune.run.metrics import (
     EvalMetrics,
     RunEvent,
     StepMetrics,
-    read_events,
-    read_metrics,
+    add_line,
+    as_record,
     summary_json,
 )
+from fitune.run.progress import progress_fraction, seconds_left
 
 Column = npt.NDArray[np.float64]
 Curve = Mapping[str, Column]
@@ -52,22 +55,21 @@ EVAL_COLUMNS = (
 )  # fmt: skip
 MEMORY_COLUMNS = (
     "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes",
-    "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "device_used_bytes",
-    "peak_device_used_bytes", "device_total_bytes", "other_processes_bytes",
+    "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "program_bytes",
+    "device_used_bytes", "device_total_bytes", "other_processes_bytes",
 )  # fmt: skip
 #: a larger config.yaml is not read, because YAML is parsed at 50,000 bytes per second; a run's own
 #: has about 10,000 bytes
 _MAX_CONFIG_BYTES = 100_000
 #: no quantity of a run is larger
 _MOST = 1e30
-#: the id of the HTML element of a report that contains its runs as JSON
-EMBEDDED_ID = "fitune-runs"
-#: the most events of a run that a report contains
-MAX_EVENTS = 200
-#: the most answers of a run that a report contains
-MAX_ANSWERS = 200
-#: the most characters of a text that a report contains
-MAX_CHARS = 300
+#: lines become columns in batches, because as records they take ten times the memory
+_BATCH_LINES = 5_000
+#: of memory, from which the remaining time is estimated: ten minutes
+_RECENT_SAMPLES = 1_200
+_Signature = tuple[int, int, int]
+#: what a file holds
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,9 @@ class RecordedRun:
     peak: Mapping[str, Any] | None = None
     #: seconds since 1970; None where unknown
     started: float | None = None
+    #: of a run that is going on: the share of it that is done (0 to 1), and the remaining time
+    progress_fraction: float | None = None
+    seconds_left: float | None = None
     #: what could not be read, one message each
     notes: tuple[str, ...] = field(default=())
 
@@ -126,46 +131,148 @@ def read_fitune_run(path: Path) -> RecordedRun:
 
     Raises RunDirectoryError if `path` is no run directory.
     """
-    record = read_run(path)
-    run, notes = record.run, []
-    metrics = read_metrics(run.metrics) if run.metrics.exists() else None
-    if metrics and metrics.damaged_lines:
-        notes.append(
-            f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out"
+    return RunReader(path).read()
+
+
+class RunReader:
+    """Reads a run again and again, each time only what its files gained.
+
+    Raises RunDirectoryError if `path` is no run directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._run = open_run(path)
+        self._files = RunFiles(self._run, tail_bytes=None, memory_tail_bytes=None)
+        #: what was read of each file that is written as a whole, with the file's signature
+        self._whole: dict[Path, tuple[_Signature, object, list[str]]] = {}
+        self._forget()
+
+    def read(self) -> RecordedRun:
+        """Return the run as it is now. Raises RunDirectoryError if it cannot be read."""
+        record, run = read_run(self._run.path), self._run
+        if self._files.rewind_if_shorter():
+            self._forget()
+        self._read_metrics()
+        self._read_memory()
+        for line in self._files.events.new_lines():
+            if line is not None and (event := as_record(RunEvent, line)) is not None:
+                self._events.append(event)
+        for path, file in (
+            (run.metrics, self._files.metrics),
+            (run.memory, self._files.memory),
+            (run.events, self._files.events),
+        ):
+            if file.fault is not None:
+                raise RunDirectoryError(f"{path} cannot be read: {file.fault}")
+        train = {**self._train, "seconds": np.cumsum(self._train["seconds"])}
+        settings = self._once(run.config, read_settings)
+        plan = self._once(run.plan, _read_plan)
+        env, data, peak = (self._once(path, _read_json) for path in (run.env, run.data, run.peak))
+        eval_rows = self._once(run.eval_rows, lambda path, _: read_eval_rows(path))
+        answers = self._once(run.answers, lambda path, _: read_answers(path))
+        notes = [note for _, _, found in self._whole.values() for note in found]
+        if self._num_damaged:
+            notes.insert(
+                0, f"{self._num_damaged:,} lines of {run.metrics} are damaged and left out"
+            )
+        last_step = None if self._last is None else self._last.step
+        return RecordedRun(
+            name=run.name,
+            path=str(run.path),
+            origin="fitune",
+            state=record.state,
+            summary={} if record.summary is None else summary_json(record.summary),
+            train=train,
+            evals=_eval_curve(self._evals, train),
+            memory=_memory_curve(self._memory),
+            events=tuple(self._events),
+            started=float(self._memory["time"].min()) if len(self._memory["time"]) else None,
+            progress_fraction=progress_fraction(record, last_step, self._recent),
+            seconds_left=seconds_left(record, self._recent),
+            notes=tuple(notes + ([record.fault] if record.fault else [])),
+            settings=settings or {},
+            plan=plan,
+            env=env,
+            data=data,
+            peak=peak,
+            eval_rows=eval_rows or (),
+            answers=answers or (),
         )
-    steps = metrics.steps if metrics else ()
-    train = _step_curve(steps)
-    env, data, peak = (_read_json(file, notes) for file in (run.env, run.data, run.peak))
-    plan = _read_plan(run.plan, notes)
-    memory, started = _memory_curve(run.memory)
-    return RecordedRun(
-        name=run.name,
-        path=str(path),
-        origin="fitune",
-        state=record.state,
-        settings=read_settings(run.config, notes),
-        summary={} if record.summary is None else summary_json(record.summary),
-        train=train,
-        evals=_eval_curve(metrics.evals if metrics else (), train),
-        memory=memory,
-        eval_rows=read_eval_rows(run.eval_rows) if run.eval_rows.exists() else (),
-        answers=read_answers(run.answers),
-        events=read_events(run.events) if run.events.exists() else (),
-        plan=plan,
-        env=env,
-        data=data,
-        peak=peak,
-        started=started,
-        notes=tuple(notes + ([record.fault] if record.fault else [])),
-    )
+
+    def _forget(self) -> None:
+        self._train = make_curve(TRAIN_COLUMNS, [])
+        self._memory = make_curve(("time", *MEMORY_COLUMNS[1:]), [])
+        self._last: StepMetrics | None = None
+        self._evals: list[EvalMetrics] = []
+        self._events: list[RunEvent] = []
+        self._recent: deque[MemorySample] = deque(maxlen=_RECENT_SAMPLES)
+        self._num_damaged = 0
+
+    def _read_metrics(self) -> None:
+        # with the last step before, which tells `add_line` whether steps are done again
+        steps = [] if self._last is None else [self._last]
+        for line in self._files.metrics.new_lines():
+            self._num_damaged += not add_line(line, steps, self._evals)
+            if len(steps) > _BATCH_LINES:
+                self._keep(steps)
+                steps = steps[-1:]
+        self._keep(steps)
+
+    def _keep(self, steps: Sequence[StepMetrics]) -> None:
+        """Append steps; if the first one was done before, it replaces the later ones."""
+        if not steps:
+            return
+        is_new = steps[0] is not self._last
+        place = (
+            np.searchsorted(self._train["step"], steps[0].step)
+            if is_new
+            else len(self._train["step"])
+        )
+        added = steps if is_new else steps[1:]
+        self._train = {
+            name: np.concatenate(
+                (column[:place], [to_number(getattr(step, name)) for step in added])
+            )
+            for name, column in self._train.items()
+        }
+        self._last = steps[-1]
+
+    def _read_memory(self) -> None:
+        samples: list[MemorySample] = []
+        for line in self._files.memory.new_lines():
+            if line is not None and (sample := as_record(MemorySample, line)) is not None:
+                samples.append(sample)
+            if len(samples) > _BATCH_LINES:
+                self._keep_memory(samples)
+                samples = []
+        self._keep_memory(samples)
+
+    def _keep_memory(self, samples: Sequence[MemorySample]) -> None:
+        self._memory = {
+            name: np.concatenate((column, [to_number(getattr(each, name)) for each in samples]))
+            for name, column in self._memory.items()
+        }
+        self._recent.extend(samples)
+
+    def _once(self, path: Path, read: Callable[[Path, list[str]], Content]) -> Content | None:
+        """Return what `read` returns for a file, read again only if the file has changed."""
+        try:
+            status = path.lstat()
+        except OSError:
+            self._whole.pop(path, None)
+            return None
+        signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if path not in self._whole or self._whole[path][0] != signature:
+            notes: list[str] = []
+            self._whole[path] = (signature, read(path, notes), notes)
+        return cast(Content, self._whole[path][1])
 
 
-def _step_curve(steps: Sequence[StepMetrics]) -> Curve:
-    def column(name: str) -> Column:
-        return np.array([_number(getattr(step, name)) for step in steps], dtype=np.float64)
-
-    curve = {name: column(name) for name in TRAIN_COLUMNS}
-    return curve | {"seconds": np.cumsum(curve["seconds"])}
+def _memory_curve(memory: Curve) -> Curve:
+    """Return the samples' columns with the seconds since the first one."""
+    times = memory["time"]
+    seconds = times - times.min(initial=np.inf) if len(times) else times
+    return {"seconds": seconds} | {name: memory[name] for name in MEMORY_COLUMNS[1:]}
 
 
 def _eval_curve(evals: Sequence[EvalMetrics], train: Curve) -> Curve:
@@ -177,36 +284,6 @@ def seconds_at(train: Curve, steps: Column) -> Column:
     """Return the time of training at the end of each of `steps`; 0 before the first."""
     place = np.searchsorted(train["step"], steps, side="right")
     return np.concatenate(([0.0], train["seconds"]))[place]
-
-
-def _memory_curve(path: Path) -> tuple[Curve, float | None]:
-    """Return the curve of memory.jsonl, and the time of its first line."""
-    rows = list(_json_lines(path))
-    times = [float(row["time"]) for row in rows if isinstance(row.get("time"), int | float)]
-    start = min(times, default=None)
-    rows = [
-        row | {"seconds": row["time"] - start}
-        for row in rows
-        if isinstance(row.get("time"), int | float)
-    ]
-    return make_curve(MEMORY_COLUMNS, rows), start
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file; damaged lines are skipped."""
-    if not path.exists():
-        return
-    try:
-        lines = read_plain(path, most_bytes=MAX_LOG_BYTES).split(b"\n")
-    except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
-    for line in lines:
-        try:
-            content = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            yield content
 
 
 def _read_json(path: Path, notes: list[str]) -> Mapping[str, object] | None:
@@ -278,134 +355,6 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", value
 
 
-def _number(value: Any) -> float:
+def to_number(value: Any) -> float:
+    """Return the value as a float, nan for None."""
     return float("nan") if value is None else float(value)
-
-
-def embed(run: RecordedRun, *, max_points: int) -> dict[str, object]:
-    """Return the run as JSON, for a report that can be compared again.
-
-    It contains curves of at most `max_points`, the samples' losses of the last evaluation, and the
-    last events.
-    """
-
-    def columns(curve: Curve, *watched: str) -> dict[str, list[float | None]]:
-        """Return fewer points of the curve, with the extremes of the `watched` columns."""
-        known = [curve[name] for name in watched if np.isfinite(curve[name]).any()]
-        rows = thin_all(known or [curve[watched[0]]], max_points)
-        thinned = {
-            name: column[rows] for name, column in curve.items() if np.isfinite(column).any()
-        }
-        return {name: [_short(value) for value in column] for name, column in thinned.items()}
-
-    plain = ("name", "path", "origin", "state", "summary", "started")
-    return {
-        **{name: getattr(run, name) for name in plain},
-        "settings": {key: clip(value) for key, value in run.settings.items()},
-        "train": columns(run.train, "loss", "peak_reserved_bytes", "device_used_bytes"),
-        "evals": columns(run.evals, "eval_loss"),
-        "memory": columns(run.memory, "peak_reserved_bytes", "peak_process_bytes"),
-        "eval_rows": [
-            asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]}
-            for rows in run.eval_rows[-1:]
-        ],
-        "answers": [
-            asdict(line) | {"prompt": clip(line.prompt), "answer": clip(line.answer)}
-            for line in run.answers[-MAX_ANSWERS:]
-        ],
-        "events": [
-            asdict(event) | {"message": clip(event.message)} for event in run.events[-MAX_EVENTS:]
-        ],
-        "plan": run.plan,
-        "env": run.env,
-        "data": run.data,
-        "peak": run.peak,
-        "notes": list(run.notes),
-    }
-
-
-def clip(value: object) -> Any:
-    """Cut a text to MAX_CHARS characters.
-
-    Numbers, booleans and None are returned unchanged; any other value is returned as cut text.
-    """
-    if isinstance(value, bool | int | float) or value is None:
-        return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}…"
-
-
-def _short(value: float) -> float | None:
-    """Return the value with seven digits, or None for nan and infinity, which JSON lacks."""
-    return float(f"{value:.7g}") if np.isfinite(value) else None
-
-
-def read_report(path: Path) -> tuple[RecordedRun, ...]:
-    """Return the runs that a report of fitune contains.
-
-    Raises RunDirectoryError if there are none.
-    """
-    finder = _Embedded()
-    try:
-        finder.feed(read_plain(path, follow=True).decode())
-        content = parse_json("".join(finder.parts))
-        return tuple(_unembed(each) for each in content["runs"])
-    # any exception, because anybody may have written the file
-    except Exception as error:
-        raise RunDirectoryError(
-            f"{path} holds no runs: it is no report of fitune, or a damaged one"
-        ) from error
-
-
-def _unembed(content: Mapping[str, Any]) -> RecordedRun:
-    """Return the run that `embed` returned as JSON."""
-
-    def curve(names: Sequence[str], columns: Mapping[str, Sequence[float | None]]) -> Curve:
-        length = max(map(len, columns.values()), default=0)
-        return {
-            name: np.array([_number(value) for value in columns[name]])
-            if name in columns
-            else np.full(length, np.nan)
-            for name in names
-        }
-
-    plain = ("name", "path", "origin", "state", "summary", "settings", "started")
-    return RecordedRun(
-        **{name: content[name] for name in plain},
-        **{name: content[name] for name in ("plan", "env", "data", "peak")},
-        train=curve(TRAIN_COLUMNS, content["train"]),
-        evals=curve(EVAL_COLUMNS, content["evals"]),
-        memory=curve(MEMORY_COLUMNS, content["memory"]),
-        eval_rows=tuple(
-            EvalRows(
-                step=int(rows["step"]),
-                total_tokens=int(rows["total_tokens"]),
-                losses=tuple(rows["losses"]),
-                weights=tuple(rows["weights"]),
-            )
-            for rows in content["eval_rows"]
-        ),
-        # reports of earlier versions have none
-        answers=tuple(EvalAnswer(**line) for line in content.get("answers", ())),
-        events=tuple(RunEvent(**event) for event in content["events"]),
-        notes=tuple(content["notes"]),
-    )
-
-
-class _Embedded(HTMLParser):
-    """Collects the text of the element EMBEDDED_ID."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=False)
-        self.parts: list[str] = []
-        self.inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.inside = tag == "script" and dict(attrs).get("id") == EMBEDDED_ID
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.parts.append(data)

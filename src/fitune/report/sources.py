@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fitune.boundary import raised_as
 from fitune.errors import RunDirectoryError
+from fitune.report.embedded import read_report
 from fitune.report.other_trainers import find_foreign
 from fitune.report.run_on_disk import (
     EVAL_COLUMNS,
@@ -17,7 +18,6 @@ from fitune.report.run_on_disk import (
     RecordedRun,
     make_curve,
     read_fitune_run,
-    read_report,
     read_settings,
 )
 from fitune.run.directory import RunDirectory

@@ -228,30 +228,70 @@ def _rates(comparison: Comparison) -> Iterator[str]:
         )
 
 
+def best_rows(comparison: Comparison) -> list[ComparedRun]:
+    """Return the runs with a known eval loss, the lowest first."""
+    rows = [row for row in comparison.rows if np.isfinite(finite_loss(row))]
+    return sorted(rows, key=finite_loss)
+
+
+def winner(comparison: Comparison) -> tuple[ComparedRun, ComparedRun] | None:
+    """Return the run with the lowest eval loss, and the one that its lead is measured to.
+
+    That is the next run that can be told apart from it, or the next one if none can.
+    """
+    rows = best_rows(comparison)
+    if len(rows) < 2:
+        return None
+    best, *others = rows
+    apart = (row for row in others if not _is_equal(comparison, row, best))
+    return best, next(apart, others[0])
+
+
+def _is_equal(comparison: Comparison, row: ComparedRun, best: ComparedRun) -> bool:
+    """Return whether the difference of two eval losses is within chance."""
+    found = eval_interval(comparison, row.name, best.name)
+    return found is not None and not found.excludes_zero
+
+
 def _best(comparison: Comparison) -> Iterator[str]:
-    rows = [row for row in comparison.rows if row.eval_loss is not None]
-    best = _lowest(rows)
-    if best is None or len(rows) < 2:
+    """Say which run won and by how much."""
+    found = winner(comparison)
+    if found is None:
+        yield from _lowest_training_loss(comparison)
         return
-    equal = [
-        row.name
-        for row in rows
-        if row is not best
-        and (found := eval_interval(comparison, row.name, best.name)) is not None
-        and not found.excludes_zero
-    ]
+    best, other = found
+    rows = best_rows(comparison)
+    equal = [row.name for row in rows[1:] if _is_equal(comparison, row, best)]
     rates = {row.lr for row in rows if row.lr}
     rate = (
         say(" (learning rate {rate})", rate=f"{best.lr:.2g}") if len(rates) > 1 and best.lr else ""
     )
     yield say(
-        "best: {name}{rate}, with the lowest eval loss, {loss}, {speed} tokens/s, {peak}",
+        "best: {name}{rate}, with the lowest eval loss, {loss}, {difference} to {other}; "
+        "{speed} tokens/s, {peak}",
         name=best.name,
         rate=rate,
         loss=f"{best.eval_loss:.4f}",
+        difference=_difference(comparison, best, other),
+        other=other.name,
         speed=format_count(best.tokens_per_second),
         peak=format_bytes(best.peak_bytes),
     ) + (say("; not told apart from it: {equal}", equal=", ".join(equal)) if equal else "")
+
+
+def _lowest_training_loss(comparison: Comparison) -> Iterator[str]:
+    rows = [row for row in comparison.rows if row.train_loss is not None]
+    if len(rows) < 2:
+        return
+    first, second, *_ = sorted(rows, key=lambda row: row.train_loss or 0.0)
+    yield say(
+        "lowest training loss: {name}, {loss}, before {other}, {next_loss}; without evaluations of "
+        "both, none is said to be better",
+        name=first.name,
+        loss=f"{first.train_loss:.4f}",
+        other=second.name,
+        next_loss=f"{second.train_loss:.4f}",
+    )
 
 
 def _difference(comparison: Comparison, row: ComparedRun, other: ComparedRun) -> str:

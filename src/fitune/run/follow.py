@@ -1,16 +1,15 @@
 """Reads a run's files while they grow, each time only what was added."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
-from fitune.plain_files import MAX_LOG_BYTES, open_plain, read_plain
+from fitune.plain_files import read_plain
 from fitune.run.answers import EvalAnswer, read_answers
 from fitune.run.directory import RunDirectory, RunRecord, read_run
+from fitune.run.growing_file import RunFiles, parse_object
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
 
@@ -47,30 +46,24 @@ class RunFollower:
 
     def __init__(self, run: RunDirectory, *, tail_bytes: int | None = None) -> None:
         self._run = run
-        self._metrics, self._memory, self._events = (
-            _GrowingFile(run.metrics, tail_bytes=tail_bytes),
-            _GrowingFile(run.memory, tail_bytes=tail_bytes or TAIL_BYTES),
-            _GrowingFile(run.events, tail_bytes=tail_bytes),
+        self._files = RunFiles(
+            run, tail_bytes=tail_bytes, memory_tail_bytes=tail_bytes or TAIL_BYTES
         )
         self._forget()
 
     def read(self) -> RunView:
         """Return the run as it is now. Raises RunDirectoryError if it is gone."""
         record = read_run(self._run.path)
-        new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
-        # A file became shorter: the run was started again, or resumed from a checkpoint.
-        if any(lines is None for lines in new):
+        if self._files.rewind_if_shorter():
             self._forget()
-            new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
-        metrics, memory, events = (lines or [] for lines in new)
-        for line in metrics:
+        for line in self._files.metrics.new_lines():
             add_line(line, self._steps, self._evals)
-        self._samples += [
-            sample for line in memory if (sample := as_record(MemorySample, line)) is not None
-        ]
-        self._run_events += [
-            event for line in events if (event := as_record(RunEvent, line)) is not None
-        ]
+        for line in self._files.memory.new_lines():
+            if line is not None and (sample := as_record(MemorySample, line)) is not None:
+                self._samples.append(sample)
+        for line in self._files.events.new_lines():
+            if line is not None and (event := as_record(RunEvent, line)) is not None:
+                self._run_events.append(event)
         return RunView(
             record=record,
             steps=tuple(self._steps),
@@ -88,8 +81,6 @@ class RunFollower:
         self._evals: list[EvalMetrics] = []
         self._run_events: list[RunEvent] = []
         self._samples: list[MemorySample] = []
-        for file in (self._metrics, self._memory, self._events):
-            file.rewind()
 
     def _seconds(self, record: RunRecord) -> float | None:
         """Return the summary's seconds plus the time sampled since it was written."""
@@ -117,47 +108,8 @@ def _last_answers(path: Path) -> tuple[EvalAnswer, ...]:
     return tuple(line for line in answers if line.step == answers[-1].step)
 
 
-class _GrowingFile:
-    """A file of JSON lines that is read from where the previous read ended."""
-
-    def __init__(self, path: Path, *, tail_bytes: int | None = None) -> None:
-        self._path, self._tail_bytes = path, tail_bytes
-        self._offset = 0
-
-    def rewind(self) -> None:
-        self._offset = 0
-
-    def new_lines(self) -> list[Mapping[str, object]] | None:
-        """Return the objects in complete lines since the last call; None if the file shrank."""
-        try:
-            with open(self._path, "rb", opener=open_plain) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self._offset:
-                    return None
-                if self._offset == 0 and self._tail_bytes is not None and size > self._tail_bytes:
-                    file.seek(size - self._tail_bytes)
-                    file.readline()
-                    self._offset = file.tell()
-                file.seek(self._offset)
-                data = file.read(MAX_LOG_BYTES)
-        except OSError:  # not there yet
-            return None if self._offset else []
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        contents = (_parse(line) for line in data[:end].splitlines())
-        return [content for content in contents if content is not None]
-
-
-def _parse(line: bytes) -> Mapping[str, object] | None:
-    try:
-        content = parse_json(line)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return _parse(read_plain(path)) or {}
+        return parse_object(read_plain(path)) or {}
     except OSError:
         return {}

@@ -180,7 +180,8 @@ const fitune = (function () {
         "aria-label": say("colours: {name}", { name: named[theme] }), id: "theme",
         onclick: () => { setTheme(themes[theme]); show(); document.getElementById("theme").focus(); },
       }),
-      element("button", {
+      // a report is of one language
+      ...(document.documentElement.dataset.language ? [] : [element("button", {
         type: "button", class: "quiet", text: self.language === "zh" ? "English" : "中文", id: "language",
         lang: self.language === "zh" ? "en" : "zh",
         onclick: () => {
@@ -189,7 +190,7 @@ const fitune = (function () {
           show();
           document.getElementById("language").focus();
         },
-      }),
+      })]),
     );
   }
 
@@ -219,7 +220,10 @@ const fitune = (function () {
   ];
   takeToken();
   setTheme(kept("localStorage", "fitune-theme") || "auto");
-  window.addEventListener("hashchange", () => { takeToken(); show(); });
-  document.addEventListener("DOMContentLoaded", show);
+  // not before the other scripts have registered their views
+  document.addEventListener("DOMContentLoaded", () => {
+    window.addEventListener("hashchange", () => { takeToken(); show(); });
+    show();
+  });
   return self;
 })();
