@@ -151,7 +151,7 @@ def test_a_run_whose_weights_are_decomposed_otherwise_does_not_go_on(
     # Another seed stands for another processor.
     otherwise = partial(apply_lora, seed=1)
     monkeypatch.setattr(
-        "fitune.model.load.apply_lora", lambda model, lora, seed: otherwise(model, lora)
+        "fitune.model.load.apply_lora", lambda model, lora, **_: otherwise(model, lora)
     )
     assert "the saved tensors do not fit" in error_of(capsys, "--resume", "runs/run")
 
