@@ -610,6 +610,8 @@ _OTHER_CARDS = (
 """Cases whose steps are kept of other cards than the first too."""
 _SAME_STEPS = ("expandable-segments", "evaluation-first")
 """Cases that ask for the same as `full`, of another allocator or after an evaluation."""
+_NO_STEPS = ("dpo-reference",)
+"""Cases of a pass that is done once, before the first step."""
 
 
 def golden_cases() -> list[tuple[StepCase | LoopCase, str]]:
@@ -617,7 +619,7 @@ def golden_cases() -> list[tuple[StepCase | LoopCase, str]]:
     chosen: list[tuple[StepCase | LoopCase, str]] = []
     for case in (*STEPS, *LOOPS):
         model = f"tiny-{case.model}"
-        if model not in ARCHITECTURES or case.name in _SAME_STEPS:
+        if model not in ARCHITECTURES or case.name in (*_SAME_STEPS, *_NO_STEPS):
             continue
         cards = [card for card in case.cards if card in _cards_of(case)]
         chosen += [(_shrunk(case, model), card) for card in cards]
