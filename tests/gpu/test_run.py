@@ -44,7 +44,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "override", ["loss=chunked", "model.method=lora", "model.precision=bfloat16"]
+    "override",
+    ["loss=chunked", "model.method=lora", "model.precision=bfloat16", "batch.micro=2"],
 )
 def test_a_run_reserves_what_it_predicted(place: Path, override: str) -> None:
     subprocess.run([sys.executable, "-m", "fitune", "train", "sft.yaml", override], check=True)

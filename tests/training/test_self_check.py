@@ -24,7 +24,7 @@ from fitune.planning.predict import RunPrediction, predict, predict_run
 from fitune.recovery import guard
 from fitune.recovery.guard import Guard
 from fitune.run.metrics import read_metrics, read_summary
-from fitune.trace.own_step import Pass
+from fitune.trace.own_step import Pass, pass_layouts
 from fitune.training import self_check
 from fitune.training.prepare import load_data
 from fitune.training.self_check import SelfCheck, run_device
@@ -283,3 +283,24 @@ def test_what_is_predicted_is_what_the_run_does_from_then_on(
     train = load_data(config, load_tokenizer(config.model)).train
     self_check.predict_second_step(config, train, device=torch.device("cpu"))
     assert predicted == [kinds]
+
+
+def test_every_micro_batch_of_the_first_steps_is_predicted(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples differ in length, and what an allocator reserves depends on each micro-batch."""
+    recorded: list[int] = []
+
+    def noting(
+        config: RunConfig, device: Device, *, passes: list[Pass], num_shards: int
+    ) -> RunPrediction:
+        layouts = pass_layouts(config, torch.device("cpu"), packed=True)
+        recorded.extend(len(layouts.group(each)) for each in passes)
+        return predict_run(config, device, passes=passes, num_shards=num_shards)
+
+    monkeypatch.setattr(self_check, "predict_run", noting)
+    overrides = ["batch.effective=8", "batch.micro=2", "batch.accumulation=auto"]
+    config = read_config(place / "sft.yaml", overrides).config
+    train = load_data(config, load_tokenizer(config.model)).train
+    self_check.predict_second_step(config, train, device=torch.device("cpu"))
+    assert recorded == [0, 4, 4]

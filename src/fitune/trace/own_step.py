@@ -67,8 +67,8 @@ class Pass:
     kind: Kind
     #: (length, supervised tokens) of each sample
     rows: tuple[tuple[int, int], ...] = ()
-    #: only this many of the micro-batches are recorded, the largest ones; from the third on, they
-    #: only repeat the second
+    #: only this many of the micro-batches are recorded, the largest ones; of equal ones, the third
+    #: and later ones only repeat the second
     most_micro_batches: int = 2
 
 

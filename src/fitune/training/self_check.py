@@ -33,6 +33,9 @@ from fitune.trace.own_step import Pass
 from fitune.units import format_bytes
 
 CHECKED_STEP = 2
+#: Micro-batches of a step that are recorded. Each may have its own size, and what the allocator
+#: reserves depends on all of them. A recording takes some tenths of a second for each.
+MOST_MICRO_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def _passes(seen: Iterator[Batch], optimizer: str, num_ranks: int) -> Iterator[P
     if not OPTIMIZERS[optimizer].state_comes_late:
         yield Pass("state")
     for batch in islice(seen, CHECKED_STEP):
-        yield Pass("train", _sizes(split_by_rank(batch, num_ranks)[0]))
+        sizes = _sizes(split_by_rank(batch, num_ranks)[0])
+        yield Pass("train", sizes, most_micro_batches=MOST_MICRO_BATCHES)
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:
