@@ -7,14 +7,13 @@ more is refused.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "tests" / "board"))
-from browser import Browser, browser  # noqa: E402
+from browser import Browser, browser, served  # noqa: E402
 
 MOST_BYTES = 200_000
 #: the numbers of Qwen3-8B's published config.json
@@ -55,28 +54,17 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         (Path(directory) / "Qwen3-8B").mkdir()
         (Path(directory) / "Qwen3-8B" / "config.json").write_text(json.dumps(QWEN3_8B))
-        board = subprocess.Popen(
-            [sys.executable, "-m", "fitune", "board", "--port", "0"],
-            cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert board.stdout is not None
-        try:
-            with browser() as tab:
-                tab.size(1280, 1020)
-                tab.open(board.stdout.readline().strip())
-                tab.wait("!!document.querySelector('.controls input')")
-                show(tab, SMALL)
-                draw(tab, "plan", width=1280, height=1020)
-                draw(tab, "plan-phone", width=390, height=1000)
-                show(tab, LARGE)
-                draw(tab, "plan-dark", width=1280, height=1020, dark=True)
-                show(
-                    tab, LARGE | {"model.method": "full", "data.max_length": "2048"}, language="zh"
-                )
-                draw(tab, "plan-zh", width=1280, height=880)
-        finally:
-            board.terminate()
-            board.wait()
+        with served(Path(directory)) as url, browser() as tab:
+            tab.size(1280, 1020)
+            tab.open(url)
+            tab.wait("!!document.querySelector('.controls input')")
+            show(tab, SMALL)
+            draw(tab, "plan", width=1280, height=1020)
+            draw(tab, "plan-phone", width=390, height=1000)
+            show(tab, LARGE)
+            draw(tab, "plan-dark", width=1280, height=1020, dark=True)
+            show(tab, LARGE | {"model.method": "full", "data.max_length": "2048"}, language="zh")
+            draw(tab, "plan-zh", width=1280, height=880)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from base64 import b64decode
 from collections.abc import Iterator
@@ -133,3 +134,19 @@ def browser() -> Iterator[Browser]:
             process.wait()
             os.close(ours_write)
             os.close(ours_read)
+
+
+@contextmanager
+def served(place: Path, *runs: str) -> Iterator[str]:
+    """The address of a board that is started in this directory, for its runs or those that are named."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "FITUNE_LANG": "en"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fitune", "board", *runs, "--port", "0"],
+        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.communicate()

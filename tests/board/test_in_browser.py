@@ -1,15 +1,12 @@
 """The Plan view in a real browser: a plan explored, a run started, stopped and resumed."""
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser, browser
+from browser import CHROMIUM, Browser, browser, served
 
 from fitune.board.processes import Launcher
 from fitune.run.directory import RunDirectory, read_run
@@ -21,21 +18,6 @@ pytestmark = pytest.mark.skipif(
 PLANNED = (
     "document.querySelector('.stage')?.textContent === '' && !!document.querySelector('.verdict')"
 )
-
-
-@contextmanager
-def board_of(directory: Path) -> Iterator[str]:
-    """The address of a board for the runs of this directory."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fitune", "board", "--port", "0"],
-        cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 def open_board(tab: Browser, url: str, settings: dict[str, str]) -> None:
@@ -69,7 +51,7 @@ def test_a_plan_is_explored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "model.source": "tiny", "memory.gpu": "RTX 3060", "batch.effective": "8", "data.max_length": "256",
         "model.recompute": "off", "loss": "full",
     }  # fmt: skip
-    with board_of(tmp_path) as url, browser() as tab:
+    with served(tmp_path) as url, browser() as tab:
         open_board(tab, url, settings)
         assert tab.run("location.href") == url.partition("#")[0]  # without the token
         assert tab.run("document.querySelector('h1').textContent").startswith(
@@ -102,7 +84,7 @@ def test_a_run_is_started_stopped_and_resumed(
         "model.recompute": "off", "loss": "chunked", "batch.micro": "4",
     }  # fmt: skip
     run = tmp_path / "runs" / "first"
-    with board_of(tmp_path) as url, browser() as tab:
+    with served(tmp_path) as url, browser() as tab:
         open_board(tab, url, settings)
         tab.run("document.querySelector('.start button').click()")
         tab.wait("!!document.querySelector('.start a')", 120)

@@ -2,17 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
-from browser import CHROMIUM, Browser, browser
+from browser import CHROMIUM, Browser, browser, served
 
 from fitune.board.runs import HeldRun, RunsBoard, merge_patch
 from fitune.errors import RunDirectoryError
@@ -149,22 +146,6 @@ def test_a_damaged_run_is_shown_or_refused_in_a_sentence(kind: str, runs: Path) 
 # With the server, and in a browser.
 
 
-@contextmanager
-def served(runs: Path) -> Iterator[str]:
-    """The address of a board of these runs."""
-    command = [sys.executable, "-m", "fitune", "board", str(runs), "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "FITUNE_LANG": "en"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.communicate()
-
-
 def ask(url: str, path: str) -> tuple[int, str]:
     """The status of the answer, and the answer or the first event of it."""
     address, _, token = url.partition("/#token=")
@@ -202,7 +183,7 @@ def test_a_run_is_followed_two_are_compared_and_a_report_is_saved(
     hostile = write_run(runs, "hostile", Recipe(steps=3, settings={"model": {"source": NASTY}}))
     append_line(RunDirectory(hostile).events, RunEvent(time=1e9, step=1, kind=NASTY, message=NASTY))
     write_json(RunDirectory(hostile).env, {"cards": [{"name": NASTY}]})
-    with working_on(live), served(runs) as url, browser() as tab:
+    with working_on(live), served(runs, ".") as url, browser() as tab:
         for path in ("/api/runs/follow?run=..", f"/api/runs/follow?run={quote('../x')}"):
             status, text = ask(url, path)
             assert (status, text.startswith("event: error\n")) == (200, True)

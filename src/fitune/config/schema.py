@@ -267,8 +267,7 @@ class RunConfig(Section):
 
     def _reference_faults(self) -> Iterator[str]:
         model, kind = self.model, self.reference
-        has_adapters = model.method in ("lora", "qlora")
-        if kind == "adapter_off" and not has_adapters:
+        if kind == "adapter_off" and not model.has_adapters:
             yield (
                 "preference.reference adapter_off is the model under its adapters, and model.method "
                 f"{model.method} has none: use kept or frozen_copy"
@@ -283,7 +282,7 @@ class RunConfig(Section):
                 f"model.lora.init {model.lora.init} moves a part of the weights into the adapters, so "
                 "the model without them is no reference: set preference.reference to kept"
             )
-        elif kind == "frozen_copy" and has_adapters:
+        elif kind == "frozen_copy" and model.has_adapters:
             yield (
                 "preference.reference frozen_copy is a second model, and with model.method "
                 f"{model.method} the frozen weights are there already: use kept or adapter_off"

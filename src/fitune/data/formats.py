@@ -173,10 +173,7 @@ def normalise(
 
     Raises RowError with the reason if the row cannot be used.
     """
-    row = object_of(row)
-    row = {
-        key: None if is_none(value) else value for key, value in row.items() if key not in ignored
-    }
+    row = object_of(row, ignored)
     if columns:
         row = renamed(row, columns)
     found = detect_format(row)
@@ -230,11 +227,20 @@ def _check_text(text: object) -> None:
         )
 
 
-def object_of(row: object) -> dict[str, object]:
+def object_of(row: object, ignored: Sequence[str]) -> dict[str, object]:
     """Return a row as an object, also if it is a list of messages, a text, or JSON text.
 
-    Raises RowError for anything else.
+    Keys to be ignored are left out, and what stands for nothing is None. Raises RowError for
+    anything else.
     """
+    return {
+        key: None if is_none(value) else value
+        for key, value in _any_object_of(row).items()
+        if key not in ignored
+    }
+
+
+def _any_object_of(row: object) -> dict[str, object]:
     if isinstance(row, str) and row.lstrip().startswith(("{", "[")):
         try:
             row = parse_json(row)

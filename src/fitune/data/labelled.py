@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.data.formats import Conversation, Format, normalise, object_of, renamed
-from fitune.data.keys import BAD_LABELS, LABEL_KEYS, is_none
+from fitune.data.keys import BAD_LABELS, LABEL_KEYS
 from fitune.data.messages import RowError
 
 #: what a label of a desirable answer may be
@@ -31,10 +31,7 @@ def normalise_labelled(
 
     Raises RowError with the reason if the row cannot be used.
     """
-    row = object_of(row)
-    row = {
-        key: None if is_none(value) else value for key, value in row.items() if key not in ignored
-    }
+    row = object_of(row, ignored)
     if named := {ours: name for ours, name in (columns or {}).items() if ours != name}:
         row = renamed(row, named)
     key = next((key for key in LABEL_KEYS if row.get(key) not in (None, "")), None)

@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import TypeGuard
 
 from fitune.data.formats import Conversation, Format, normalise, object_of, renamed
-from fitune.data.keys import ANSWER_KEYS, QUESTION_KEYS, TURN_KEYS, is_none
+from fitune.data.keys import ANSWER_KEYS, QUESTION_KEYS, TURN_KEYS
 from fitune.data.messages import RowError, kind_of, parsed, role_of
 from fitune.data.tokenise import Encoded
 
@@ -44,10 +44,7 @@ def normalise_pair(
 
     Raises RowError with the reason if the row cannot be used.
     """
-    row = object_of(row)
-    row = {
-        key: None if is_none(value) else value for key, value in row.items() if key not in ignored
-    }
+    row = object_of(row, ignored)
     if named := {ours: name for ours, name in (columns or {}).items() if ours != name}:
         row = renamed(row, named)
     chosen_key, rejected_key = (
